@@ -30,6 +30,7 @@ Counts: TypeAlias = dict[str, float]
 StateDict: TypeAlias = dict[str, Any]
 """Plain values and tensors by name: a checkpoint, or the state of a callback in it, as Lightning types them."""
 STOP_REASONS = ("stop", "length", "tokens", "turns", "context", "failed")
+"""Why an episode ended; see `Episode.stop_reason`."""
 ReasoningKey = Literal["reasoning_content", "thinking", "reasoning"]
 """Keys under which datasets store the reasoning of a turn."""
 
@@ -182,7 +183,7 @@ class PreferenceTokens(TokenBatch, total=False):
     reference_logprobs: Tensor
     """Stored log-probabilities of the reference, in nats, float32 `[N, T]`; 0 outside responses."""
     shared_lengths: Tensor
-    """Number of tokens of the shorter response of each row's pair, `[N]`."""
+    """Number of tokens of the shorter of the two responses of each row's pair, `[N]`, of the type of `loss_mask`."""
 
 
 class PreferenceBatch(PreferenceTokens, StepBatch, total=False):
@@ -212,13 +213,13 @@ class RolloutBatch(TokenBatch, StepBatch, total=False):
     """A mini-batch of a round of policy RL; each row is a `TrainingSample`. Values are 0 where `loss_mask` is 0."""
 
     sampling_logprobs: Tensor
-    """The sampler's log-probabilities of the tokens, in nats at its temperature, float32 `[N, T]`."""
+    """Log-probabilities that the sampler recorded, in nats, at its temperature, float32 `[N, T]`."""
     old_logprobs: Required[Tensor]
     """The policy's log-probabilities at the start of the round, in nats, float32 `[N, T]`: the ratio's denominator."""
     advantages: Required[Tensor]
-    """Advantage of each token, in reward units, float32 `[N, T]`; `[N, 1]` in another loader's batch."""
+    """Advantage of each token, in reward units, float32 `[N, T]`; a dataloader of your own may give `[N, 1]`."""
     reference_logprobs: Tensor
-    """The reference's log-probabilities, in nats, float32 `[N, T]`; 0 without a reference."""
+    """The reference's log-probabilities, in nats, at the sampler's temperature, float32 `[N, T]`; 0 without one."""
     values: Tensor
     """The critic's estimates before each sampled token, in reward units, float32 `[N, T]`; 0 without a critic."""
     returns: Tensor
@@ -450,7 +451,7 @@ class Episode:
             record["error"] = self.error
         return record
 
-    def counted(self) -> dict[str, float]:
-        """Indicators (0 or 1) of how the episode ended; their means over episodes are fractions."""
+    def end_indicators(self) -> dict[str, float]:
+        """1 for the way in which the episode ended and 0 for the others, by logged name; their means are fractions."""
         ended = {f"stop_{reason}": float(self.stop_reason == reason) for reason in STOP_REASONS if reason != "failed"}
         return {**ended, "failed_episodes": float(self.failed)}

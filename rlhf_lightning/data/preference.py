@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 
@@ -25,12 +25,10 @@ from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.splits import RowKey, conversation_key
 from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.objectives.preference.base import LabelLoss, PreferenceLoss
 from rlhf_lightning.types import JSON, Message, PreferenceBatch, PreferenceTokens, Row
 
 log = logging.getLogger(__name__)
-if TYPE_CHECKING:
-    from rlhf_lightning.objectives.preference.base import PreferenceLoss
-
 KINDS = ("pairs", "labels", "rankings")
 LARGEST = torch.finfo(torch.float32).max
 
@@ -84,7 +82,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         """Number of pairs in which the rejected response has the higher score, and whether rows have margins."""
 
     @property
-    def loss(self) -> "PreferenceLoss | None":
+    def loss(self) -> PreferenceLoss | None:
         """The loss of the trainer's module; None if there is none."""
         return getattr(self.trainer.lightning_module, "loss", None) if self.trainer is not None else None
 
@@ -119,9 +117,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         self.category_names = sorted(category for category in found if category is not None)
 
     def completed(self, name: str) -> None:
-        if self.loss is None:
-            return
-        if getattr(self.loss, "mismatched", False):
+        if isinstance(self.loss, LabelLoss) and "mismatched" in self.loss.keywords():
             self._mismatch(name)
             if name == "train":
                 self._check_balance()

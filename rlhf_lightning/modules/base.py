@@ -61,6 +61,10 @@ WHERE = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_onl
 class RLHFModule(CheckedModule, Generic[BatchT]):
     """Base class of the modules.
 
+    It loads and saves the model, makes the optimizer, divides losses by the counts of a whole optimizer step, and
+    checks batches, settings and checkpoints. A subclass builds what uses the model (`build`), and computes the loss
+    (`training_step`) and the metrics of held-out rows (`evaluate`).
+
     Args:
         model: Folder, Hub id, GGUF file or `PreTrainedModel` to start from.
         lora: Train LoRA adapters with these settings; by default all weights are trained.
@@ -207,6 +211,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         return {**self.renderer.settings(), **shared, **stop}
 
     def setup(self, stage: str) -> None:
+        """Check the Trainer's settings, and set the filters of warnings and the precision of the weights."""
         self.check_trainer(stage)
         # The warning appears with every data module; using the module's hook is intended.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
@@ -228,6 +233,8 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         start = self.start()
         self.model = start.load(workdir)
         self.fresh_adapter = start.fresh_adapter
+        # Whether the weights below the adapter are those of its base folder, and the number of rows of the embedding:
+        # a later change of that number changes them.
         self._below = start.base_kept, self.model.get_input_embeddings().weight.shape[0]
         check_vocabulary(self.model, self.tokenizer)
         self.build()

@@ -103,6 +103,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
             )
 
     def build(self) -> None:
+        """Build the scorer, and the reference if the scorer needs one."""
         source = self.start_source
         # A model passed as an object is a classifier already and keeps its head.
         if "head" in self.scorer.requires and not (isinstance(source, nn.Module) or self._has_head()):
@@ -134,9 +135,11 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
 
     @property
     def packed_forward(self) -> PackedForward:
+        """The packed forward pass of the scorer's model."""
         return self.model_scorer.packed_forward
 
     def heads(self) -> list[nn.Module]:
+        """The reward head, which stays in float32 at any precision."""
         # Also called after a failure within `build`, when there is no head yet.
         head = self.model_scorer.head if hasattr(self, "model_scorer") else None
         return [] if head is None else [head]
@@ -177,6 +180,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         return batch
 
     def on_fit_start(self) -> None:
+        """With `scorer.store`, compute the reference's log-probabilities of all rows once, and free its memory."""
         super().on_fit_start()
         if self.scorer.store and self.reference is not None:
             store_reference(self.model_scorer, self.reference, self.trainer, self.device)
@@ -186,9 +190,11 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
                 self.reference = self.reference_copy = None
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Compute the loss of a micro-batch, a scalar with gradient."""
         named = self._named(batch)
         weights = self._weights(batch, named)
         if self.loss.batch_coupled:
+            # The loss of all rows of the optimizer step; each rank has the gradient of its own rows.
             kept = weights > 0
             rows = whole_step({name: value[kept] for name, value in named.items()})
             total = self._losses(rows).sum()
@@ -206,7 +212,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         return "Every row of these steps has weight 0 or no response token. Check weights and loss_mask of the batches."
 
     def _named(self, batch: PreferenceBatch) -> Named:
-        """Values of each row that the loss may need, by name."""
+        """Values of each example that the loss may need, by name, `[B]`; for rankings `[B, K]`."""
         if self.loss.kind == "pairs" and self.scorer.tail_weight != 1:
             shared = torch.stack(batch["loss_mask"].sum(-1).chunk(2)).amin(0)
             batch = {**batch, "shared_lengths": torch.cat([shared, shared])}
@@ -220,19 +226,19 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         return named | {n: value.to(dtype) for n, value in batch.items() if n in own and isinstance(value, Tensor)}
 
     def _scored(self, batch: PreferenceBatch) -> Named:
-        """Score each row. Without `lengths` in the batch, a row ends with its last response token."""
+        """Score each row, see `name_rows`. Without `lengths` in the batch, a row ends with its last response token."""
         if "lengths" not in batch:
             ends = torch.arange(1, batch["loss_mask"].shape[1] + 1, device=batch["loss_mask"].device)
             batch = {**batch, "lengths": (ends * (batch["loss_mask"] != 0)).amax(-1)}
         return name_rows(self.loss.kind, self.model_scorer.detailed(batch), batch)
 
     def _weights(self, batch: PreferenceBatch, rows: Named) -> Tensor:
-        """Weight of each row, `[B]`; all 1 if the batch has no weights."""
+        """Weight of each example, `[B]`; all 1 if the batch has no weights."""
         first = rows[self.loss.inputs[0]]
         return batch["weights"] if "weights" in batch else first.new_ones(len(first))
 
     def _losses(self, rows: Named) -> Tensor:
-        """Loss of each row, `[B]`."""
+        """Loss of each example, `[B]`."""
         known = {**rows, "beta": self.scorer.beta}
         if missing := [name for name, required in self._wanted.items() if required and name not in known]:
             raise ConfigError(f"{type(self.loss).__name__} needs {missing[0]!r}, which is missing in the batch")
@@ -240,6 +246,12 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         return self.loss(*(rows[name] for name in self.loss.inputs), **named)
 
     def evaluate(self, batch: PreferenceBatch, name: str) -> None:
+        """Collect the scores of a batch in `tables`; they are reported at the end of the epoch.
+
+        Args:
+            batch: The batch.
+            name: `val` or `test`.
+        """
         named = self._named(batch)
         table = self.tables[f"{name}_"]
         assert isinstance(table, Tables)
@@ -271,7 +283,7 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
             self.log(f"{name}/{key}", value, prog_bar=key in self.on_bar, sync_dist=self.trainer.world_size > 1)
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int) -> "list[Row]":
-        """Compute the scores of each row."""
+        """Compute the scores of each pair, labeled response or ranking, without those of weight 0."""
         named = self._scored(batch)
         kept = self._weights(batch, named) > 0
         if self.loss.kind == "pairs":
@@ -280,8 +292,8 @@ class PreferenceModule(RLHFModule[PreferenceBatch]):
         if self.loss.kind == "labels":
             numbers = zip(named["scores"][kept].tolist(), named["labels"][kept].tolist(), strict=True)
             return [{"score": score, "label": int(label)} for score, label in numbers]
-        is_response = named["loss_mask"].bool()
-        return [{"scores": named["scores"][i][is_response[i]].tolist()} for i in kept.nonzero()[:, 0].tolist()]
+        is_answer = named["answer_mask"].bool()
+        return [{"scores": named["scores"][i][is_answer[i]].tolist()} for i in kept.nonzero()[:, 0].tolist()]
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Score rows of tokens. Loads the model if it is not loaded yet.
@@ -368,10 +380,10 @@ def check_fit(scorer: Scorer, loss: PreferenceLoss) -> None:
         raise ConfigError(
             f"{names} are incompatible: the loss needs {missing[0]!r}, which this scorer does not provide"
         )
-    if loss.scores == "log_ratio" and "reference_scores" not in scorer.provides:
+    if loss.score_type == "log_ratio" and "reference_scores" not in scorer.provides:
         raise ConfigError(f"{names} are incompatible: the loss needs log-ratios to a reference. Use ImplicitReward")
     mean = scorer.length_normalized and scorer.beta == 1
-    if loss.scores == "mean_logprob" and not (mean and "reference_scores" not in scorer.provides):
+    if loss.score_type == "mean_logprob" and not (mean and "reference_scores" not in scorer.provides):
         raise ConfigError(
             f"{names} are incompatible: the loss needs mean log-probabilities. Use SequenceLogprob with "
             "length_normalized: true and beta: 1"

@@ -81,10 +81,10 @@ def ranked(rows: Rows) -> Rows:
     """
     if "accuracy" in rows:
         return {name: rows[name] for name in ("accuracy", "top1")}
-    scores, ranks, loss_mask = rows["scores"], rows["ranks"], rows["loss_mask"].bool()
-    better = (ranks[:, :, None] < ranks[:, None, :]) & loss_mask[:, :, None] & loss_mask[:, None, :]
+    scores, ranks, answer_mask = rows["scores"], rows["ranks"], rows["answer_mask"].bool()
+    better = (ranks[:, :, None] < ranks[:, None, :]) & answer_mask[:, :, None] & answer_mask[:, None, :]
     right = (scores[:, :, None] > scores[:, None, :]) & better
-    first = scores.masked_fill(~loss_mask, -torch.inf).argmax(-1, keepdim=True)
+    first = scores.masked_fill(~answer_mask, -torch.inf).argmax(-1, keepdim=True)
     top = ranks.gather(-1, first).squeeze(-1) == 0
     return {"accuracy": right.sum((1, 2)) / better.sum((1, 2)).clamp(min=1), "top1": top.to(scores.dtype)}
 

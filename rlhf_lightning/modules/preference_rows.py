@@ -53,14 +53,14 @@ def _facts(scored: Scored, batch: "PreferenceBatch") -> Named:
 
 
 def _rankings(scores: Tensor, batch: "PreferenceBatch") -> Named:
-    """Responses of each ranking as a row, `[B, K]`: `scores`, `ranks`, and `loss_mask`, 1 at responses."""
+    """Responses of each ranking as a row, `[B, K]`: `scores`, `ranks`, and `answer_mask`, 1 where there is one."""
     ranking, ranks = batch["ranking"], batch["ranks"]
     count = int(ranking[-1]) + 1
     sizes = torch.bincount(ranking, minlength=count)
     starts = sizes.cumsum(0) - sizes
     column = torch.arange(len(ranking), device=ranking.device) - starts[ranking]
     shape = (count, int(sizes.max()))
-    named = {"scores": scores, "ranks": ranks.to(scores.dtype), "loss_mask": torch.ones_like(scores)}
+    named = {"scores": scores, "ranks": ranks.to(scores.dtype), "answer_mask": torch.ones_like(scores)}
     return {name: value.new_zeros(shape).index_put((ranking, column), value) for name, value in named.items()}
 
 

@@ -60,10 +60,12 @@ class SFTModule(RLHFModule[SFTBatch]):
         self.heldout = nn.ModuleDict({name: HeldOutLikelihood() for name in ("val", "test")})
 
     def build(self) -> None:
+        """Build what computes log-probabilities with the model."""
         self.token_logprobs = TokenLogprobs(self.model, self.max_tokens_per_batch)
 
     @property
     def packed_forward(self) -> PackedForward:
+        """The packed forward pass of the trained model."""
         return self.token_logprobs.packed_forward
 
     def on_before_batch_transfer(self, batch: Columns, dataloader_idx: int) -> Columns:
@@ -75,6 +77,7 @@ class SFTModule(RLHFModule[SFTBatch]):
         return super().on_before_batch_transfer(batch, dataloader_idx)
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        """Compute the loss of a micro-batch, a scalar: its share of the mean over the step's trained tokens."""
         total, count = self._nll(batch)
         self.step_numbers.add(count, {"nll": (total, count)})
         self.train_tokens.update(count)
@@ -101,6 +104,12 @@ class SFTModule(RLHFModule[SFTBatch]):
         return answers(self.model_sampler, self.renderer, kept_prompts(batch), seed=0)
 
     def evaluate(self, batch: SFTBatch, name: str) -> None:
+        """Add a batch to the metrics of `HeldOutLikelihood`, and log them.
+
+        Args:
+            batch: The batch.
+            name: `val` or `test`.
+        """
         total, count = self._nll(batch)
         metrics = self.heldout[name]
         assert isinstance(metrics, HeldOutLikelihood)

@@ -5,24 +5,24 @@ from torch import Tensor
 
 
 def _group_sums(values: Tensor, group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum over each row's group, size of that group, and the group's index renumbered from 0; `[N]` each."""
-    _, dense = group_ids.unique(return_inverse=True)
-    size = int(dense.max()) + 1 if dense.numel() else 0
-    sums = values.new_zeros(size).index_add(0, dense, values)
-    counts = values.new_zeros(size).index_add(0, dense, torch.ones_like(values))
-    return sums[dense], counts[dense], dense
+    """Sum over each row's group, size of that group, and the group's index among the sorted groups; `[N]` each."""
+    _, group_index = group_ids.unique(return_inverse=True)
+    size = int(group_index.max()) + 1 if group_index.numel() else 0
+    sums = values.new_zeros(size).index_add(0, group_index, values)
+    counts = values.new_zeros(size).index_add(0, group_index, torch.ones_like(values))
+    return sums[group_index], counts[group_index], group_index
 
 
-def _all_equal(values: Tensor, dense: Tensor) -> Tensor:
+def _all_equal(values: Tensor, group_index: Tensor) -> Tensor:
     """True for rows whose group holds a single distinct value, `[N]`.
 
     Rounding can make the mean of equal values differ from them; their advantage must be exactly 0.
     """
     low, high = (
-        values.new_zeros(len(values)).scatter_reduce(0, dense, values, how, include_self=False)
+        values.new_zeros(len(values)).scatter_reduce(0, group_index, values, how, include_self=False)
         for how in ("amin", "amax")
     )
-    return (low == high)[dense]
+    return (low == high)[group_index]
 
 
 def group_centered(rewards: Tensor, group_ids: Tensor, scale: str = "none", eps: float = 1e-4) -> Tensor:
@@ -47,8 +47,8 @@ def group_centered(rewards: Tensor, group_ids: Tensor, scale: str = "none", eps:
     """
     if scale not in ("none", "std"):
         raise ValueError(f"unknown scale {scale!r}; it must be 'none' or 'std'")
-    sums, counts, dense = _group_sums(rewards, group_ids)
-    centered = torch.where(_all_equal(rewards, dense), 0.0, rewards - sums / counts)
+    sums, counts, group_index = _group_sums(rewards, group_ids)
+    centered = torch.where(_all_equal(rewards, group_index), 0.0, rewards - sums / counts)
     if scale == "none":
         return centered
     squares, _, _ = _group_sums(centered.square(), group_ids)
@@ -67,9 +67,9 @@ def leave_one_out(rewards: Tensor, group_ids: Tensor) -> Tensor:
     Returns:
         Advantages, float `[N]`. 0 for a group of one row, or of equal rewards.
     """
-    sums, counts, dense = _group_sums(rewards, group_ids)
+    sums, counts, group_index = _group_sums(rewards, group_ids)
     others = (sums - rewards) / (counts - 1).clamp(min=1)
-    return torch.where((counts > 1) & ~_all_equal(rewards, dense), rewards - others, 0.0)
+    return torch.where((counts > 1) & ~_all_equal(rewards, group_index), rewards - others, 0.0)
 
 
 def gae(rewards: Tensor, values: Tensor, loss_mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

@@ -16,10 +16,10 @@ def reliability(confidence: Tensor, correct: Tensor, bins: int = 10) -> tuple[Te
         `(mean confidence, accuracy, count)`, float `[bins]` each; 0 in empty bins.
     """
     edges = torch.linspace(0.5, 1.0, bins + 1, dtype=confidence.dtype, device=confidence.device)[1:-1].contiguous()
-    place = (confidence[:, None] >= edges).sum(-1)
-    count = torch.bincount(place, minlength=bins).to(confidence.dtype)
+    bin_index = (confidence[:, None] >= edges).sum(-1)
+    count = torch.bincount(bin_index, minlength=bins).to(confidence.dtype)
     means = [
-        torch.zeros_like(count).index_add(0, place, value.to(count.dtype)) / count.clamp(min=1)
+        torch.zeros_like(count).index_add(0, bin_index, value.to(count.dtype)) / count.clamp(min=1)
         for value in (confidence, correct)
     ]
     return means[0], means[1], count

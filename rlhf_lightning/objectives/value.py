@@ -14,7 +14,7 @@ def value_loss(
 
     Args:
         values: v, the critic's current estimates, float `[B, T]`.
-        old_values: v_old, the estimates recorded at sampling time, float `[B, T]`.
+        old_values: v_old, the estimates at the start of the round, float `[B, T]`.
         returns: R, the targets, float `[B, T]`.
         loss_mask: 1 where a token counts, 0 elsewhere, `[B, T]`.
         clip: Largest step away from `old_values`, in reward units; None for no clipping.

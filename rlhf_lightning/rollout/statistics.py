@@ -11,7 +11,7 @@ from rlhf_lightning.objectives.kl import k1
 from rlhf_lightning.types import Episode, TrainingSample
 
 Sums = dict[str, tuple[float, int]]
-"""For each statistic of a round: its sum over episodes, and their number."""
+"""For each statistic of a round: the sum of its values on a rank, and their number (of episodes, groups or n-grams)."""
 
 NGRAM = 4
 # Moments of length and reward, from which `means` computes their correlation. "~" marks names that are not logged.
@@ -19,17 +19,21 @@ LENGTH, REWARD, LENGTH2, REWARD2, PRODUCT = "~length", "~reward", "~length²", "
 
 
 def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
-    """Sums and counts over episodes.
+    """Sum and count of each statistic over the episodes of this rank.
 
-    Covers the reward and its terms, length, truncation, turns, the environment's metrics and repeated n-grams.
+    Covers the reward and its terms, length, truncation, turns, the environment's metrics, groups without signal and
+    repeated n-grams.
 
     Args:
         episodes: Episodes of this rank.
         kl: Include the KL from the reference, in nats per response.
+
+    Returns:
+        Sums and counts by the names that are logged, and those of `_moments`; `means` divides them.
     """
     columns: dict[str, list[float]] = defaultdict(list)
     for episode in episodes:
-        for name, flag in episode.counted().items():
+        for name, flag in episode.end_indicators().items():
             columns[name].append(flag)
         if episode.failed:
             continue
@@ -61,10 +65,11 @@ def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
 
 def episode_kl(episode: Episode) -> float:
     """KL estimate k1, summed over the sampled tokens, in nats; 0 without reference log-probabilities."""
-    return sum(_sequence_kl(training_sample) for training_sample in episode.training_samples)
+    return sum(_training_sample_kl(training_sample) for training_sample in episode.training_samples)
 
 
-def _sequence_kl(training_sample: TrainingSample) -> float:
+def _training_sample_kl(training_sample: TrainingSample) -> float:
+    """`episode_kl` of one training sample."""
     if not training_sample.reference_logprobs:
         return 0.0
     sampled: Tensor = torch.tensor(training_sample.loss_mask, dtype=torch.float64)
@@ -99,6 +104,7 @@ def repeated_ngrams(episode: Episode, n: int = NGRAM) -> tuple[int, int]:
 
 
 def _moments(length: float, reward: float) -> dict[str, float]:
+    """An episode's contribution to the moments of which `means` makes the correlation of length and reward."""
     return {
         LENGTH: length,
         REWARD: reward,
@@ -109,7 +115,10 @@ def _moments(length: float, reward: float) -> dict[str, float]:
 
 
 def zero_variance_groups(episodes: Sequence[Episode]) -> set[int]:
-    """Groups in which all rewards are equal, so that they contribute no gradient."""
+    """Indices of the groups in which all rewards are equal, so that they contribute no gradient.
+
+    Failed episodes are left out, and a group with one other episode counts as equal.
+    """
     rewards: dict[int, set[float]] = defaultdict(set)
     for episode in (episode for episode in episodes if not episode.failed):
         rewards[episode.group].add(episode.reward)
@@ -117,10 +126,13 @@ def zero_variance_groups(episodes: Sequence[Episode]) -> set[int]:
 
 
 def means(sums_of_ranks: Sequence[Sums]) -> dict[str, float]:
-    """Means over the episodes of all ranks, their number, and the correlation of length and reward if both vary.
+    """Means of a round's statistics over all ranks.
 
     Args:
         sums_of_ranks: The sums of each rank, as `statistics` returns them.
+
+    Returns:
+        The means by name, the number of `episodes`, and `length_reward_correlation` if length and reward vary.
     """
     names = sorted({name for sums in sums_of_ranks for name in sums})
     by_name = {name: [sums[name] for sums in sums_of_ranks if name in sums] for name in names}
@@ -135,7 +147,9 @@ def means(sums_of_ranks: Sequence[Sums]) -> dict[str, float]:
 
 def _correlation(mean: dict[str, float]) -> float | None:
     """Pearson's r of length and reward from their moments; None if one of them is constant within rounding error."""
-    length, reward = (mean[two] - mean[one] ** 2 for one, two in ((LENGTH, LENGTH2), (REWARD, REWARD2)))
-    if length <= 1e-12 * mean[LENGTH2] or reward <= 1e-12 * mean[REWARD2]:
+    length_variance = mean[LENGTH2] - mean[LENGTH] ** 2
+    reward_variance = mean[REWARD2] - mean[REWARD] ** 2
+    if length_variance <= 1e-12 * mean[LENGTH2] or reward_variance <= 1e-12 * mean[REWARD2]:
         return None
-    return max(-1.0, min(1.0, (mean[PRODUCT] - mean[LENGTH] * mean[REWARD]) / math.sqrt(length * reward)))
+    covariance = mean[PRODUCT] - mean[LENGTH] * mean[REWARD]
+    return max(-1.0, min(1.0, covariance / math.sqrt(length_variance * reward_variance)))

@@ -63,7 +63,7 @@ class PolicyObjective(Settings, ABC):
 
         Args:
             logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
-            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            old_logprobs: The same under the policy at the start of the round, `[B, T]`.
             advantages: `[B, T]` or `[B, 1]`.
             loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
 
@@ -76,7 +76,7 @@ class PolicyObjective(Settings, ABC):
 
         Args:
             logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
-            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            old_logprobs: The same under the policy at the start of the round, `[B, T]`.
             loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         """
         return token_ratio(logprobs, old_logprobs, loss_mask)
@@ -86,7 +86,7 @@ class PolicyObjective(Settings, ABC):
 
         Args:
             logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
-            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            old_logprobs: The same under the policy at the start of the round, `[B, T]`.
             loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         """
         return beyond(token_log_ratio(logprobs, old_logprobs, loss_mask))
@@ -96,7 +96,7 @@ class PolicyObjective(Settings, ABC):
 
         Args:
             logprobs: Log-probability of each token under the current policy, in nats, `[B, T]`.
-            old_logprobs: The same under the policy that sampled, `[B, T]`.
+            old_logprobs: The same under the policy at the start of the round, `[B, T]`.
             advantages: `[B, T]` or `[B, 1]`.
             loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         """

@@ -1,7 +1,8 @@
-"""Importance ratios: how much more likely a token or a response is now than when it was sampled.
+"""Importance ratios: how much more likely a token or a response is now than at the start of the round.
 
 Tensors are float `[B, T]` unless noted, log-probabilities are in nats, and `loss_mask` is 1 at the policy's tokens and
-0 elsewhere. p is the current policy (`logprobs`), q the one that sampled (`old_logprobs`).
+0 elsewhere. p is the current policy (`logprobs`), q the old one (`old_logprobs`): the policy at the start of the round,
+according to the trainer if `ImportanceWeights` are used, otherwise according to the sampler.
 """
 
 import torch
@@ -15,7 +16,7 @@ def token_log_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
 
     Returns:
@@ -26,13 +27,16 @@ def token_log_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -
 
 
 def sequence_log_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor, normalized: bool) -> Tensor:
-    """Σ_t (log p - log q) of each row, `[B, 1]`.
+    """Σ_t (log p - log q) of each row.
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         normalized: If True, the mean over the row's tokens instead of the sum.
+
+    Returns:
+        Log-ratios in nats, `[B, 1]`.
     """
     total = token_log_ratio(logprobs, old_logprobs, loss_mask).sum(-1, keepdim=True)
     return total / loss_mask.sum(-1, keepdim=True).clamp(min=1) if normalized else total
@@ -43,7 +47,7 @@ def token_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Te
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
 
     Returns:
@@ -59,7 +63,7 @@ def sequence_ratio(logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor, no
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         normalized: If True, the mean over the row's tokens instead of the sum.
 
@@ -92,7 +96,7 @@ def importance_weights(
     low: float = 0.0,
     high: float = 2.0,
 ) -> Tensor:
-    """Weights w = exp(log q_old - log q_sampler) that correct for rows sampled from another distribution.
+    """Weights w = exp(old_logprobs - sampling_logprobs) that correct for rows sampled from another distribution.
 
     Args:
         old_logprobs: Under the policy in the denominator of the loss's ratio, `[B, T]`.

@@ -43,7 +43,7 @@ def importance_sampling(logprobs: Tensor, old_logprobs: Tensor, advantages: Tens
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         advantages: `[B, T]` or `[B, 1]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
 
@@ -69,7 +69,7 @@ def clipped_surrogate(
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         advantages: `[B, T]` or `[B, 1]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         clip_low: The ratio is clipped below 1 - clip_low.
@@ -105,7 +105,7 @@ def cispo(
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         advantages: `[B, T]` or `[B, 1]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         ratio_min: Lower bound of the weight.
@@ -123,7 +123,7 @@ def dro(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: T
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         advantages: `[B, T]` or `[B, 1]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         beta: Weight of the squared log-ratio, in reward units.
@@ -151,7 +151,7 @@ def sequence_clipped_surrogate(
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         advantages: `[B, 1]`, or `[B, T]` with one value per row.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         normalized: If True, s = exp(mean over the sequence of log p - log q), else s = exp(Σ over the sequence).
@@ -179,7 +179,7 @@ def sapo(
 
     Args:
         logprobs: Under the current policy, `[B, T]`.
-        old_logprobs: Under the policy that sampled, `[B, T]`.
+        old_logprobs: Under the old policy, `[B, T]`.
         advantages: `[B, T]` or `[B, 1]`.
         loss_mask: 1 at the policy's tokens, 0 elsewhere, `[B, T]`.
         temperature_positive: τ where A > 0.

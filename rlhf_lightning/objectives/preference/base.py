@@ -24,8 +24,9 @@ class PreferenceLoss(Settings, ABC):
     """Names of the positional arguments of `__call__`."""
     batch_coupled: bool = False
     """True if a row's loss depends on the other rows of the optimizer step."""
-    scores: str | None = None
-    """The only scores that the loss is defined for, `mean_logprob` (per token, beta 1) or `log_ratio`; None for any."""
+    score_type: str | None = None
+    """The only scores that the loss is defined for: `mean_logprob` (mean log-probability per token in nats, beta 1), or
+    `log_ratio` (beta · (log π − log π_ref)); None for any."""
 
     @abstractmethod
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -57,7 +58,8 @@ class PairLoss(PreferenceLoss):
 class LabelLoss(PreferenceLoss):
     """Base class of losses of single responses, each labeled 1 (desirable) or 0 (undesirable).
 
-    `__call__(scores, labels, *, ...)` takes `[B]` each and returns the loss `[B]`.
+    `__call__(scores, labels, *, ...)` takes `[B]` each and returns the loss `[B]`. If it has the argument `mismatched`,
+    it gets the score of each prompt with the response to another prompt, `[B]`.
 
     Example:
         >>> class SquaredError(LabelLoss):
@@ -69,24 +71,22 @@ class LabelLoss(PreferenceLoss):
 
     kind = "labels"
     inputs = ("scores", "labels")
-    mismatched: bool = False
-    """True if it takes `mismatched`: the score of each prompt with the response to another prompt, `[B]`."""
 
 
 class RankingLoss(PreferenceLoss):
-    """Base class of losses of K ranked answers per prompt.
+    """Base class of losses of up to K ranked answers per prompt.
 
-    `__call__(scores, ranks, loss_mask)` takes `[B, K]` each and returns the loss `[B]`. Rank 0 is the best answer, and
-    the mask is 0 where a prompt has fewer than K answers.
+    `__call__(scores, ranks, answer_mask)` takes `[B, K]` each and returns the loss `[B]`. Rank 0 is the best. The mask
+    is 1 where there is an answer, 0 where a prompt has fewer than K.
 
     Example:
         >>> class BestOfK(RankingLoss):
-        ...     def __call__(self, scores, ranks, loss_mask):
-        ...         scores = scores.masked_fill(loss_mask == 0, -torch.inf)
+        ...     def __call__(self, scores, ranks, answer_mask):
+        ...         scores = scores.masked_fill(answer_mask == 0, -torch.inf)
         ...         return scores.logsumexp(-1) - scores.gather(-1, ranks.argmin(-1, keepdim=True)).squeeze(-1)
         >>> BestOfK().inputs
-        ('scores', 'ranks', 'loss_mask')
+        ('scores', 'ranks', 'answer_mask')
     """
 
     kind = "rankings"
-    inputs = ("scores", "ranks", "loss_mask")
+    inputs = ("scores", "ranks", "answer_mask")

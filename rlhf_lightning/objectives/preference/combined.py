@@ -87,10 +87,10 @@ class WeightedSum(PairLoss, nn.Module):
         # Registered as submodules, so that checkpoints contain the state of losses that have one.
         self.states = nn.ModuleList([loss for loss in self.losses if isinstance(loss, nn.Module)])
         self.batch_coupled = any(loss.batch_coupled for loss in self.losses)
-        wanted = {loss.scores for loss in self.losses if loss.scores}
+        wanted = {loss.score_type for loss in self.losses if loss.score_type}
         if len(wanted) > 1:
             raise ValueError(f"losses defined for different scores ({', '.join(sorted(wanted))}) cannot be added")
-        self.scores = next(iter(wanted), None)
+        self.score_type = next(iter(wanted), None)
 
     def keywords(self) -> dict[str, bool]:
         """Names of the tensors that any of the losses takes, each with True if one of them requires it."""
@@ -110,10 +110,10 @@ class WeightedSum(PairLoss, nn.Module):
 
 
 class RunningTotals(TypedDict):
-    """State of `RunningMeans`, of the undesirable and the desirable scores in this order.
+    """State of `RunningMeans`. Each list has an entry for the undesirable scores, then one for the desirable scores.
 
     Attributes:
-        totals: Sums of the scores, in reward units.
+        totals: Sums of the scores.
         counts: Numbers of scores.
     """
 
@@ -216,8 +216,7 @@ class KTO(_Labels):
     """
 
     batch_coupled = True
-    mismatched = True
-    scores = "log_ratio"
+    score_type = "log_ratio"
 
     def __call__(self, scores: Tensor, labels: Tensor, *, mismatched: Tensor) -> Tensor:
         kl = mismatched.detach().mean().clamp(min=0)
@@ -232,7 +231,7 @@ class APOUnpaired(LabelLoss):
         tensor([0.5000, 0.5000])
     """
 
-    scores = "log_ratio"
+    score_type = "log_ratio"
 
     def __call__(self, scores: Tensor, labels: Tensor) -> Tensor:
         return apo_zero_unpaired(scores, labels)
@@ -274,5 +273,5 @@ class PlackettLuce(RankingLoss):
         tensor([0.6931])
     """
 
-    def __call__(self, scores: Tensor, ranks: Tensor, loss_mask: Tensor) -> Tensor:
-        return plackett_luce(scores, ranks, loss_mask) / (loss_mask.sum(-1) - 1).clamp(min=1)
+    def __call__(self, scores: Tensor, ranks: Tensor, answer_mask: Tensor) -> Tensor:
+        return plackett_luce(scores, ranks, answer_mask) / (answer_mask.sum(-1) - 1).clamp(min=1)

@@ -65,7 +65,7 @@ def bco_unpaired(
     return -weights * F.logsigmoid(_signed(scores - shift, labels))
 
 
-def plackett_luce(scores: Tensor, ranks: Tensor, loss_mask: Tensor) -> Tensor:
+def plackett_luce(scores: Tensor, ranks: Tensor, answer_mask: Tensor) -> Tensor:
     """-Σ_i (s_i - log Σ_{j: rank_j ≥ rank_i} e^(s_j)): the negative log-likelihood of a ranking.
 
     Each answer competes with itself and the answers ranked below it. For two answers this is Bradley-Terry. Answers of
@@ -75,12 +75,12 @@ def plackett_luce(scores: Tensor, ranks: Tensor, loss_mask: Tensor) -> Tensor:
     Args:
         scores: Scores of K answers to each prompt, `[B, K]`.
         ranks: 0 for the best answer, `[B, K]`.
-        loss_mask: 1 where there is an answer, `[B, K]`.
+        answer_mask: 1 where there is an answer, `[B, K]`.
 
     Returns:
         Loss of each ranking, `[B]`.
     """
-    present = loss_mask.bool()
+    present = answer_mask.bool()
     allowed = (ranks[:, None, :] >= ranks[:, :, None]) & present[:, None, :]
     # A missing answer competes only with itself, which keeps its term finite; the mask then drops it.
     allowed |= torch.eye(scores.shape[1], dtype=torch.bool, device=scores.device)

@@ -153,7 +153,7 @@ class ORPO(PairLoss):
         >>> loss = ORPO(weight=0.1)
     """
 
-    scores = "mean_logprob"
+    score_type = "mean_logprob"
 
     def __init__(self, weight: float = 0.1) -> None:
         self.weight = weight
@@ -194,7 +194,7 @@ class NCA(PairLoss):
         tensor([1.3863])
     """
 
-    scores = "log_ratio"
+    score_type = "log_ratio"
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return nca(chosen, rejected)
@@ -209,7 +209,7 @@ class SPPO(PairLoss):
         tensor([0.])
     """
 
-    scores = "log_ratio"
+    score_type = "log_ratio"
 
     def __call__(self, chosen: Tensor, rejected: Tensor, *, beta: float) -> Tensor:
         return sppo(chosen, rejected, beta)
@@ -224,7 +224,7 @@ class APOZero(PairLoss):
         tensor([1.])
     """
 
-    scores = "log_ratio"
+    score_type = "log_ratio"
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return apo_zero(chosen, rejected)
@@ -239,7 +239,7 @@ class APODown(PairLoss):
         tensor([1.])
     """
 
-    scores = "log_ratio"
+    score_type = "log_ratio"
 
     def __call__(self, chosen: Tensor, rejected: Tensor) -> Tensor:
         return apo_down(chosen, rejected)
@@ -281,7 +281,7 @@ class AOT(PairLoss):
     """
 
     batch_coupled = True
-    scores = "log_ratio"
+    score_type = "log_ratio"
 
     def __init__(self, label_smoothing: float = 0.0) -> None:
         self.label_smoothing = _smoothing(label_smoothing)
