@@ -211,7 +211,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         return {**self.renderer.settings(), **shared, **stop}
 
     def setup(self, stage: str) -> None:
-        """Check the Trainer's settings, and set the filters of warnings and the precision of the weights."""
+        """Check the Trainer's settings; its precision plugin then casts weights only, see `weights_alone`."""
         self.check_trainer(stage)
         # The warning appears with every data module; using the module's hook is intended.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
