@@ -19,8 +19,16 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _MESH: "list[DeviceMesh]" = []
-_OPEN: list[tuple[Callable[[], None], int]] = []
-"""The callback and the thread of each open `safe_points` context, innermost last."""
+
+
+class _SafePoints(threading.local):
+    """The callbacks of this thread's open `safe_points` contexts, innermost last."""
+
+    def __init__(self) -> None:
+        self.callbacks: list[Callable[[], None]] = []
+
+
+_OPEN = _SafePoints()
 _ALONE: list[bool] = []
 """Not empty while the leader runs a function of `run_on_leader`, for which the other ranks of its group wait."""
 _LEAVING = "leaves this round"
@@ -90,18 +98,18 @@ def safe_points(leave: Callable[[], None]) -> Iterator[None]:
     Args:
         leave: Called at each safe point; raises an exception to interrupt the work.
     """
-    _OPEN.append((leave, threading.get_ident()))
+    _OPEN.callbacks.append(leave)
     try:
         yield
     finally:
-        _OPEN.pop()
+        _OPEN.callbacks.pop()
 
 
 def safe_point() -> None:
     """Mark a point at which the work may be interrupted."""
     # Only in the thread that opened the context, because tools and environments may run in other threads.
-    if _OPEN and _OPEN[-1][1] == threading.get_ident():
-        _OPEN[-1][0]()
+    if _OPEN.callbacks:
+        _OPEN.callbacks[-1]()
 
 
 def run_on_leader(function: Callable[[], T]) -> T:

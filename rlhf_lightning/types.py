@@ -284,6 +284,8 @@ class TrainingSample:
     """The critic's estimates before each sampled token, in reward units."""
     returns: list[float] = field(default_factory=list)
     """The critic's targets, in reward units."""
+    policy_version: int | None = None
+    """Index of the round at whose start the policy had the weights that sampled the tokens; None if unknown."""
     group: int = 0
     """Group of the episode. Rows of a group are kept adjacent, so that their common prompt is computed once."""
 

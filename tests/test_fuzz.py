@@ -330,7 +330,7 @@ SETTINGS = {
         "model.limits": LETTERS | st.just({"max_turns": 0}) | st.just({"step_timeout": -1}),
         "model.truncated_reward": NOT_FLOAT | NO_NUMBER,
         "model.resample_groups": NOT_INT | st.integers(-100, -1),
-        "model.staleness": NOT_INT | st.integers(2),
+        "model.max_staleness": NOT_INT | st.integers(101),
         "model.critic": LETTERS | st.just({}),
     },
 }

@@ -125,7 +125,11 @@ def policy(base: str, root: Path) -> set[str]:
         kl=KLPenalty(0.1), resample_groups=1, environment=Counting, limits=Limits(max_turns=2, on_error="drop")
     )
     critic = module(
-        critic=Critic(learning_rate=0.1), advantage=GAE(), objective=ClippedSurrogate(), kl=KLPenalty(0.1, "reward")
+        critic=Critic(learning_rate=0.1),
+        advantage=GAE(),
+        objective=ClippedSurrogate(),
+        kl=KLPenalty(0.1, "reward"),
+        max_staleness=1,
     )
     stop = StopOnCollapse(reward_lost=None, entropy_fraction=None, kl_limit=1e-12, patience=1)
     stop.checks[0].severity = lambda curves: 1.0  # type: ignore[method-assign]

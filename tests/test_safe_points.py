@@ -122,7 +122,7 @@ def watch(monkeypatch: pytest.MonkeyPatch, kind: str, work: Work, act: Callable[
 def run(kind: str, base: str, root: Path, resume: bool = False, every: int = 0, **options: Any) -> dict[str, Any]:
     """Weights and files of a run; from the newest checkpoint with `resume`."""
     pl.seed_everything(3, verbose=False)
-    own = {name: options.pop(name) for name in ("staleness",) if name in options}
+    own = {name: options.pop(name) for name in ("max_staleness",) if name in options}
     module, data = parts(kind, base, **own)
     found = newest_whole(root / "checkpoints")[0] if resume else None
     logger = MetricsCSV(root, resume=found is not None)
@@ -222,6 +222,22 @@ def test_interrupted_work_is_repeated_on_resume(
 ) -> None:
     base, expected, _ = whole(kind)
     check(kind, base, expected, tmp_path / "run", place, number, by)
+
+
+@pytest.mark.parametrize(
+    ("place", "number"),
+    [
+        ("sampling", 30),  # in the thread, or in the main thread, which samples groups again
+        ("reward", 3),  # of a round that the thread has sampled
+        ("training", 5),  # of a round, so that it is trained again
+        ("training", 8),  # within one
+    ],
+)
+def test_run_that_samples_ahead_is_resumed_exactly(place: str, number: int, whole: Any, tmp_path: Path) -> None:
+    ahead = {"max_staleness": 1}
+    base, expected, _ = whole("policy", **ahead)
+    interrupted("policy", base, tmp_path / "run", place, number, **ahead)
+    assert equal(expected, run("policy", base, tmp_path / "run", resume=True, **ahead)) == []
 
 
 @pytest.mark.parametrize(

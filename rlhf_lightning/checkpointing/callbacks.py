@@ -258,7 +258,7 @@ class RunCheckpoints(Checkpoint):
         """Stop before or between micro-batches of an optimizer step. All ranks must call this equally often."""
         if not self._leaves_steps or trainer.accumulate_grad_batches == 1 or not self._all_heard(trainer):
             return
-        if self._saved == trainer.global_step or (self._last and self._last.is_whole(trainer, pl_module)):
+        if self._saved == trainer.global_step or (self._last and self._last.step == trainer.global_step):
             self._leave(trainer, pl_module)
 
     def _all_heard(self, trainer: pl.Trainer) -> bool:

@@ -66,16 +66,9 @@ class LastStep:
             lambda value: value if isinstance(value, Tensor) else deepcopy(value), _call_callbacks_state_dict(trainer)
         )
         self._logged = logged_state(trainer, pl_module, first)
-        self._at_round_start = any(loader.at_round_start for loader in rollout_loaders(trainer))
         self._positions = [loader.position for loader in _loaders(trainer)]
         self._buffers = [(module, name, value.clone()) for module, name, value in _buffers(pl_module)]
         self._rounds = deepcopy(pl_module.collector.counters) if isinstance(pl_module, PolicyRLModule) else None
-
-    def is_whole(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """True if this is the state of the last step, and no state that it does not record has changed since."""
-        # Sampling a round replaces the stale weights, and they are not recorded here.
-        stale = isinstance(pl_module, PolicyRLModule) and pl_module.collector.snapshot is not None
-        return self.step == trainer.global_step and not (stale and self._at_round_start)
 
     def go_back(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Restore the state of the dataloaders, buffers and collector."""

@@ -39,7 +39,7 @@ class LogprobGap(MedianAbove):
 
     def applies(self, module: "PolicyRLModule") -> bool:
         # Recorded episodes, and those sampled with stale weights, differ by design.
-        return module.samples_rollouts and not module.staleness
+        return module.samples_rollouts and not module.max_staleness
 
 
 class WildRatios(MedianAbove):

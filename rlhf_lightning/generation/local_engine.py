@@ -4,8 +4,9 @@ Shared prompts are computed once, keys are written in place, and waiting rows mo
 """
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
@@ -156,7 +157,10 @@ class LocalEngine:
         """Context manager with eval mode, no gradients, and no compiled code."""
         # Not inference mode: weights gathered in it could not be trained afterwards.
         gradients = torch.no_grad() if is_sharded(self.model) else torch.inference_mode()
-        with in_mode(self.model, training=False), gradients, torch.compiler.set_stance("force_eager"):
+        # The stance is that of all threads. A thread beside the training one samples from a copy without compiled code.
+        compiled = threading.current_thread() is threading.main_thread()
+        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+        with in_mode(self.model, training=False), gradients, stance:
             yield
 
     @contextmanager

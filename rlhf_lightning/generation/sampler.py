@@ -62,7 +62,9 @@ class Engine(Protocol):
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Load the policy's weights. Called on every rank before every round, validation, test and prediction.
 
-        Under FSDP2, each tensor is gathered when it is requested, so all ranks must consume all tensors.
+        Under FSDP2, each tensor is gathered when it is requested, so all ranks must consume all tensors. With
+        `max_staleness`, a thread beside the training one calls this method and `generate` for rounds; calls never
+        overlap.
 
         Args:
             named_tensors: Weights by their Hugging Face names, with adapters merged. Copy them, because training

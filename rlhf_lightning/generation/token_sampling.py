@@ -143,13 +143,16 @@ def record_token(
 
 
 def uniforms(seeds: Sequence[int], tokens: int) -> Tensor:
-    """Uniform random numbers in [0, 1), `[rows, tokens]`, with a seed per row.
+    """Uniform random numbers in [0, 1), float32 `[rows, tokens]`, with a seed per row.
 
     Args:
         seeds: A seed per row.
         tokens: Number of tokens per row.
     """
-    return torch.stack([torch.rand(tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    # Not the default type, which is that of the model within a step: bfloat16 has 8 significant bits.
+    return torch.stack(
+        [torch.rand(tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float32) for seed in seeds]
+    )
 
 
 def sample_token(

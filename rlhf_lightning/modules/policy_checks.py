@@ -3,18 +3,22 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.objectives.policy import PolicyObjective
 from rlhf_lightning.rewards import Reward
 from rlhf_lightning.rollout.advantages import Advantage
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.recorded import Recorded
 
+MOST_ROUNDS = 100
+"""Maximum of `max_staleness`; beyond a few rounds importance weights vanish."""
 MOST_TIMES = 1000
 """Maximum of `resample_groups`, because a reward that is equal for all responses is resampled that many times."""
 
@@ -81,6 +85,44 @@ def check_algorithm(
         )
 
 
+def check_staleness(max_staleness: int, objective: PolicyObjective, corrects_sampler: bool) -> None:
+    """Raise `ConfigError` if the loss is not valid for rounds that older weights have sampled.
+
+    Args:
+        max_staleness: Largest age in rounds.
+        objective: The policy loss.
+        corrects_sampler: True if importance weights were set.
+    """
+    check_whole("model.max_staleness", max_staleness, 0, MOST_ROUNDS)
+    if max_staleness and not objective.corrects and not corrects_sampler:
+        raise ConfigError(
+            f"model.max_staleness is {max_staleness}, but {type(objective).__name__} has neither a clip nor an "
+            "importance ratio, so it cannot correct for responses that an older policy sampled. Use ClippedSurrogate "
+            "or ImportanceSampling, or set model.importance_weights"
+        )
+
+
+def check_producer(strategy: Strategy, model: nn.Module, sampler: Sampler) -> None:
+    """Raise `ConfigError` if the policy cannot be sampled while it is trained.
+
+    Args:
+        strategy: The strategy of the run.
+        model: The policy.
+        sampler: The sampler's settings.
+    """
+    # Not a subclass of DDPStrategy: that of DeepSpeed shards weights.
+    if is_sharded(model) or not (isinstance(strategy, SingleDeviceStrategy) or type(strategy) is DDPStrategy):
+        raise ConfigError(
+            "model.max_staleness is set, but the weights may be sharded over ranks, so a thread cannot sample without "
+            f"the other ranks ({type(strategy).__name__}). Use one device or DDP, or set model.max_staleness: 0"
+        )
+    if sampler.engine is None and sampler.cuda_graphs:
+        raise ConfigError(
+            "model.max_staleness and sampler.cuda_graphs are set, but a CUDA graph cannot be recorded while the model "
+            "trains on the same GPU. Set sampler.cuda_graphs: false"
+        )
+
+
 def check_rounds(data: PromptDataModule, objective: PolicyObjective, accumulate: int) -> None:
     """Raise `ConfigError` if the rounds of the data do not fit the loss.
 
@@ -123,7 +165,7 @@ def check_recorded(
         kl: See `check_algorithm`.
         critic: See `check_algorithm`.
         recomputes: True if importance weights correct for another sampler.
-        samples_again: True if groups would be sampled again, or with older weights.
+        samples_again: True if groups would be sampled again, or rounds ahead of training.
     """
     if not objective.corrects and not recomputes:
         raise ConfigError(
@@ -131,7 +173,7 @@ def check_recorded(
             "ClippedSurrogate or ImportanceSampling, or set model.importance_weights"
         )
     if samples_again:
-        raise ConfigError("data.episodes are already sampled; leave out model.resample_groups and model.staleness")
+        raise ConfigError("data.episodes are already sampled; leave out model.resample_groups and model.max_staleness")
     if objective.aggregation == "constant" and objective.length is None:
         raise ConfigError(
             "the aggregation 'constant' needs objective.length, because the token budget of data.episodes is unknown"

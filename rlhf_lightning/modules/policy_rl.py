@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -14,7 +15,7 @@ from rlhf_lightning.data.batching import run_seed
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, PromptDataModule, kept_prompts
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
-from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.sampler import ModelSampler, Sampler
 from rlhf_lightning.models.critic import Critic, ValueModel
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.memory import trained
@@ -28,10 +29,12 @@ from rlhf_lightning.modules.policy_checks import (
     check_algorithm,
     check_groups,
     check_minibatches,
+    check_producer,
     check_recorded,
     check_rewards,
     check_rounds,
     check_sampling,
+    check_staleness,
 )
 from rlhf_lightning.modules.policy_metrics import (
     LARGEST,
@@ -54,10 +57,11 @@ from rlhf_lightning.objectives.value import value_loss
 from rlhf_lightning.rewards import Reward, RewardTerm, check_finite
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
 from rlhf_lightning.rollout.collector import RolloutCollector, SampleScorers, answers
-from rlhf_lightning.rollout.dataloader import RolloutDataLoader
+from rlhf_lightning.rollout.dataloader import Producer, RolloutDataLoader
 from rlhf_lightning.rollout.kl import KLController, KLPenalty
-from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
+from rlhf_lightning.rollout.producer import RolloutProducer
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
+from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.rollout.statistics import Sums
 from rlhf_lightning.types import Answer, Episode, TrainingSample
 
@@ -102,8 +106,9 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             engine or precision); none by default. The trainer then recomputes the log-probabilities at the start of
             each round, and each token's loss is multiplied by exp(recomputed - sampling log-probability), within
             bounds.
-        staleness: With 1, each round is sampled with the weights from the start of the previous round, and
-            `importance_weights` are used (by default per token, truncated at 2).
+        max_staleness: Number of rounds that a thread samples ahead while the policy trains; 0 (the default) samples
+            each round before it is trained on. Above 0, `importance_weights` are used, by default per token, truncated
+            at 2.
         resample_groups: Number of times that a group with equal rewards is sampled again; 0 by default.
         recipe: Name of an algorithm that sets objective, advantage, kl, critic and resample_groups unless they are
             given: `dapo`, `dr_grpo`, `grpo`, `gspo`, `mint`, `ppo`, `reinforce_pp` or `rloo`. The constructor of the
@@ -138,7 +143,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         critic: Critic | None = None,
         entropy_coefficient: float = 0.0,
         importance_weights: ImportanceWeights | None = None,
-        staleness: int = 0,
+        max_staleness: int = 0,
         resample_groups: int | None = None,
         recipe: str | None = None,
         **kwargs: Any,
@@ -164,13 +169,14 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         self.limits = limits or Limits()
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
         self.entropy_coefficient, self.resample_groups = entropy_coefficient, resample_groups or 0
-        self.staleness = staleness
-        self.importance_weights = importance_weights or (ImportanceWeights() if staleness else None)
+        check_staleness(max_staleness, self.objective, importance_weights is not None)
+        self.max_staleness = max_staleness
+        self.importance_weights = importance_weights or (ImportanceWeights() if max_staleness else None)
+        self.producer: RolloutProducer | None = None
+        """Samples rounds ahead of training; None if `max_staleness` is 0, or before training."""
         check_algorithm(self.objective, self.advantage, self.kl, self.critic)
         check_finite("model.truncated_reward", truncated_reward)
         check_finite("model.entropy_coefficient", entropy_coefficient)
-        if staleness not in (0, 1):
-            raise ConfigError(f"model.staleness is {staleness}; it must be 0 or 1 (rounds)")
         check_whole("model.resample_groups", self.resample_groups, 0, MOST_TIMES)
         self.value_model: ValueModel | None
         self.register_module("value_model", None)  # so that its parameters come before the policy's
@@ -384,7 +390,6 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             mask_truncated=self.mask_truncated,
             resample_groups=self.resample_groups,
             sequence_level=self.objective.sequence_level,
-            snapshot=PolicySnapshot(self.model) if self.staleness else None,
             context=self.sampling_context,
         )
 
@@ -481,9 +486,28 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         if data.recorded:
             self.rollouts = self._loader(data, by_group(recorded), self.collector.collect_recorded, where)
         else:
-            collect = partial(self.collector.collect, group_size=data.group_size)
-            self.rollouts = self._loader(data, prompts, collect, where)
+            self.producer = self._make_producer(data.group_size) if self.max_staleness else None
+            collect = partial(self.collector.collect, group_size=data.group_size, producer=self.producer)
+            self.rollouts = self._loader(data, prompts, collect, where, self.producer)
         return self.rollouts
+
+    def _make_producer(self, group_size: int) -> RolloutProducer:
+        check_producer(self.trainer.strategy, self.model, self.sampler)
+
+        def make_runner(sampler: ModelSampler, seed: Sequence[int]) -> EpisodeRunner:
+            return EpisodeRunner(sampler, self.renderer, (self.seed, *seed), self.environment, self.limits)
+
+        plugin = self.trainer.precision_plugin
+        return RolloutProducer(
+            self.model,
+            lambda model: self.sampler.build(model, self.renderer, self.max_tokens_per_batch),
+            make_runner,
+            group_size,
+            self.max_staleness,
+            shares_engine=self.sampler.engine is not None,
+            # The contexts of other plugins set the default data type of all threads.
+            context=plugin.forward_context if isinstance(plugin, MixedPrecision) else nullcontext,
+        )
 
     def _loader(
         self,
@@ -491,6 +515,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         items: Sequence[T],
         collect: Callable[[list[T], int], tuple[list[TrainingSample], Sums]],
         where: Mapping[int, str],
+        producer: Producer[T] | None = None,
     ) -> RolloutDataLoader[T]:
         return RolloutDataLoader(
             items,
@@ -503,6 +528,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             shard_spec=shard_spec_of(self.trainer, training=True),
             shuffle=not overfits(self.trainer),
             where=where,
+            producer=producer,
         )
 
     def _check_data(self, data: PromptDataModule, recorded: Sequence[Recorded], prompts: Sequence[Prompt]) -> None:
@@ -510,7 +536,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         check_rounds(data, self.objective, self.trainer.accumulate_grad_batches)
         if data.recorded:
             recomputes = self.importance_weights is not None
-            samples_again = bool(self.resample_groups or self.staleness)
+            samples_again = bool(self.resample_groups or self.max_staleness)
             check_recorded(recorded, self.objective, self.advantage, self.kl, self.critic, recomputes, samples_again)
             check_minibatches(data.minibatches, len(recorded))
             return
@@ -681,16 +707,26 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         Args:
             prompts: Prompts of this rank.
         """
-        self._sync_engine()
-        with self.sampling_context():
-            return self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
+        with self.producer.paused() if self.producer else nullcontext():
+            self._sync_engine()
+            with self.sampling_context():
+                return self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
 
     def _sync_engine(self) -> None:
         # An engine with its own copy of the weights still has those from the start of the last round.
         self.model_sampler.sync(self.global_step)
 
     # Lightning calls these after WeightAveraging has put the averaged weights in place, which are then sampled from.
-    on_validation_epoch_start = on_test_epoch_start = on_predict_epoch_start = _sync_engine
+    on_test_epoch_start = on_predict_epoch_start = _sync_engine
+
+    def on_validation_epoch_start(self) -> None:
+        if self.producer:
+            self.producer.pause()
+        self._sync_engine()
+
+    def on_validation_epoch_end(self) -> None:
+        if self.producer:
+            self.producer.resume()
 
     def evaluate(self, batch: PromptBatch, name: str) -> None:
         """Answer each prompt greedily and at the sampler's temperature, and log what `HeldOut` measures.

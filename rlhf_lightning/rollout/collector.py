@@ -18,7 +18,7 @@ from rlhf_lightning.models.scorers import padded_batches
 from rlhf_lightning.rewards import RewardTerm, total_rewards
 from rlhf_lightning.rollout.advantages import Advantage, compute_token_advantages, critic_explained_variance
 from rlhf_lightning.rollout.kl import KLController, KLState
-from rlhf_lightning.rollout.policy_snapshot import PolicySnapshot
+from rlhf_lightning.rollout.producer import RolloutProducer
 from rlhf_lightning.rollout.recorded import Recorded
 from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.rollout.statistics import Sums, statistics, zero_variance_groups
@@ -55,8 +55,8 @@ class SampleScorers:
 class RolloutCollector:
     """Collects rounds: samples and rewards episodes, and turns them into training samples with advantages.
 
-    It also holds the state that changes between rounds and is saved in checkpoints: the KL coefficient, the weights of
-    a moving reference, and the weights that a stale policy samples with.
+    It also holds the state that changes between rounds and is saved in checkpoints: the KL coefficient and the weights
+    of a moving reference.
 
     Args:
         sampler: Generates responses.
@@ -73,7 +73,6 @@ class RolloutCollector:
         mask_truncated: True to leave truncated responses out of the loss.
         resample_groups: Maximum number of times that a group with equal rewards is sampled again.
         sequence_level: True if the objective treats a response as one action; see `PolicyObjective`.
-        snapshot: Weights of the previous round, if rounds are sampled with them.
         context: Context manager in which models run, the same as in training.
 
     Example:
@@ -97,7 +96,6 @@ class RolloutCollector:
         mask_truncated: bool = False,
         resample_groups: int = 0,
         sequence_level: bool = False,
-        snapshot: PolicySnapshot | None = None,
         context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.sampler, self.renderer, self.terms, self.advantage = sampler, renderer, terms, advantage
@@ -105,7 +103,7 @@ class RolloutCollector:
         self.environment, self.limits = environment, limits or Limits()
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
         self.resample_groups, self.sequence_level = resample_groups, sequence_level
-        self.snapshot, self.context = snapshot, context
+        self.context = context
         self.resampled = 0
         """Number of times that a group of the last round was sampled again."""
         self.started = 0
@@ -116,7 +114,7 @@ class RolloutCollector:
     # -- a round --------------------------------------------------------------------------------------------------
 
     def collect(
-        self, prompts: Sequence[Prompt], round_index: int, group_size: int
+        self, prompts: Sequence[Prompt], round_index: int, group_size: int, producer: RolloutProducer | None = None
     ) -> tuple[list[TrainingSample], Sums]:
         """Collect a round. All ranks must call this together.
 
@@ -124,15 +122,17 @@ class RolloutCollector:
             prompts: Prompts of this rank.
             round_index: Index of the round over all epochs; part of the seed.
             group_size: Episodes per prompt.
+            producer: Samples the episodes of these prompts ahead of training; None to sample them now.
 
         Returns:
             The training samples of this rank, and each statistic of the round as sum and count.
         """
         self._begin_round()
         with torch.no_grad(), self.context():
-            self.episodes = self._sample(prompts, round_index, group_size)
+            self.episodes = self._sample(prompts, round_index, group_size, producer)
             samples = self.training_samples(self.episodes)
-        return samples, self._statistics(samples)
+        sums = self._statistics(samples)
+        return samples, sums if producer is None else sums | _staleness(samples, round_index)
 
     def collect_recorded(
         self, groups: Sequence[Sequence[Recorded]], round_index: int
@@ -175,29 +175,61 @@ class RolloutCollector:
             sums["explained_variance"] = (critic_explained_variance(samples), 1)
         return sums
 
-    def _sample(self, prompts: Sequence[Prompt], round_index: int, group_size: int) -> list[Episode]:
-        """Sample and reward the episodes of a round, in the order of the prompts.
-
-        A group with equal rewards contributes no gradient. It is sampled again, at most `resample_groups` times (as in
-        the dynamic sampling of DAPO, arXiv 2503.14476 sec. 3.2, but with the same prompts).
-        """
-        with self.snapshot.stale() if self.snapshot else nullcontext():
+    def _sample(
+        self, prompts: Sequence[Prompt], round_index: int, group_size: int, producer: RolloutProducer | None
+    ) -> list[Episode]:
+        """Sample and reward the episodes of a round, in the order of the prompts."""
+        if producer is None:
             self.sampler.sync(round_index)
-            episodes = self.rollout(prompts, group_size, (round_index,), running_normalization="update")
-            self.resampled = 0
-            for attempt in range(1, self.resample_groups + 1):
-                zero_variance = zero_variance_groups(episodes)
-                # All ranks take part in every attempt, because rewards may gather statistics over ranks.
-                if not any(gather(bool(zero_variance))):
-                    break
-                self.resampled += len(zero_variance)
-                again = [prompt for prompt in prompts if prompt.index in zero_variance]
-                # Running statistics count each group once; otherwise groups sampled again would bias them.
-                replacements = iter(
-                    self.rollout(again, group_size, (round_index, attempt), running_normalization="use")
-                )
-                episodes = [next(replacements) if episode.group in zero_variance else episode for episode in episodes]
+            episodes = self._runner((round_index,)).run_groups(prompts, group_size, round_index)
+        else:
+            episodes = producer.take(round_index).episodes
+        self._reward(episodes, running_normalization="update")
+        self.resampled = 0
+        if not self.resample_groups:
             return episodes
+        with producer.paused() if producer else nullcontext():
+            if producer:
+                self.sampler.sync(round_index)
+            return self._resample(episodes, prompts, round_index, group_size)
+
+    def _resample(
+        self, episodes: list[Episode], prompts: Sequence[Prompt], round_index: int, group_size: int
+    ) -> list[Episode]:
+        """Sample groups with equal rewards again, at most `resample_groups` times, with the current weights.
+
+        They contribute no gradient. DAPO (arXiv 2503.14476 sec. 3.2) does the same with other prompts.
+        """
+        for attempt in range(1, self.resample_groups + 1):
+            zero_variance = zero_variance_groups(episodes)
+            # All ranks take part in every attempt, because rewards may gather statistics over ranks.
+            if not any(gather(bool(zero_variance))):
+                break
+            self.resampled += len(zero_variance)
+            again = [prompt for prompt in prompts if prompt.index in zero_variance]
+            found = self._runner((round_index, attempt)).run_groups(again, group_size, round_index)
+            # Running statistics count each group once; otherwise groups sampled again would bias them.
+            self._reward(found, running_normalization="use")
+            replacements = iter(found)
+            episodes = [next(replacements) if episode.group in zero_variance else episode for episode in episodes]
+        return episodes
+
+    def _runner(self, seed: Sequence[int], temperature: float | None = None) -> EpisodeRunner:
+        seeds = (self.seed, *seed)
+        return EpisodeRunner(self.sampler, self.renderer, seeds, self.environment, self.limits, temperature)
+
+    def _reward(self, episodes: Sequence[Episode], running_normalization: str) -> None:
+        """Reward episodes.
+
+        Args:
+            episodes: Episodes of this rank.
+            running_normalization: What rewards with running normalization do: `update` their statistics with these
+                scores (all ranks must then call this together, even without episodes), `use` them unchanged, or `off`
+                for raw scores.
+        """
+        total_rewards(episodes, self.terms, self.truncated_reward, running_normalization)
+        for episode in episodes:
+            episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
 
     def rollout(
         self,
@@ -205,29 +237,20 @@ class RolloutCollector:
         group_size: int,
         seed: Sequence[int],
         temperature: float | None = None,
-        running_normalization: str = "off",
     ) -> list[Episode]:
-        """Sample and reward `group_size` episodes for each prompt, in order.
+        """Sample and reward `group_size` episodes for each prompt outside of training, in order.
 
         Args:
             prompts: Prompts of this rank.
             group_size: Episodes per prompt.
             seed: Integers that distinguish these rollouts from others of the run.
             temperature: Replaces the sampler's temperature.
-            running_normalization: What rewards with running normalization do: `update` their statistics with these
-                scores (all ranks must then call this together, even without prompts), `use` them unchanged, or `off`
-                for raw scores.
 
         Returns:
             `len(prompts) * group_size` episodes.
         """
-        tasks = [(prompt, sample_index) for prompt in prompts for sample_index in range(group_size)]
-        episodes = EpisodeRunner(
-            self.sampler, self.renderer, (self.seed, *seed), self.environment, self.limits, temperature
-        ).run(tasks)
-        total_rewards(episodes, self.terms, self.truncated_reward, running_normalization)
-        for episode in episodes:
-            episode.masked = episode.failed or (self.mask_truncated and episode.truncated)
+        episodes = self._runner(seed, temperature).run_groups(prompts, group_size)
+        self._reward(episodes, running_normalization="off")
         return episodes
 
     def training_samples(self, episodes: Sequence[Episode]) -> list[TrainingSample]:
@@ -301,12 +324,11 @@ class RolloutCollector:
             self.kl.load_state_dict(counters["kl"])
 
     def state_dict(self) -> "CollectorState":
-        """State of the KL controller, a moving reference, and the weights to sample with."""
+        """State of the KL controller and of a moving reference."""
         moves = self.kl is not None and self.kl.penalty.refresh_every is not None
         return {
             **self.counters,
             "reference": self.reference.weights() if moves and self.reference is not None else None,
-            "snapshot": self.snapshot.state_dict() if self.snapshot else None,
         }
 
     def load_state_dict(self, state: "CollectorState") -> None:
@@ -314,8 +336,6 @@ class RolloutCollector:
         self.counters = {"started": state["started"], "kl": state["kl"]}
         if self.reference is not None and state["reference"]:
             self.reference.load_weights(state["reference"])
-        if self.snapshot is not None:
-            self.snapshot.load_state_dict(state["snapshot"])
 
 
 class RoundCounters(TypedDict):
@@ -331,8 +351,13 @@ class CollectorState(RoundCounters):
 
     reference: dict[str, Tensor] | None
     """Weights of a moving reference."""
-    snapshot: dict[str, Tensor] | None
-    """Weights of the previous round, which the next round is sampled with."""
+
+
+def _staleness(samples: Sequence[TrainingSample], round_index: int) -> Sums:
+    """Mean and, over all ranks, maximum age in rounds of the weights that sampled these samples."""
+    ages = [round_index - sample.policy_version for sample in samples if sample.policy_version is not None]
+    # `means` divides the sum over ranks by their number.
+    return {"staleness": (float(sum(ages)), len(ages)), "staleness_max": (float(max(gather(max(ages, default=0)))), 1)}
 
 
 def _with_actions(episodes: Sequence[Episode]) -> list[TrainingSample]:

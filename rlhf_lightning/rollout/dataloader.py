@@ -1,9 +1,9 @@
 """The rollout dataloader, which makes on-policy RL an ordinary `Trainer.fit` with automatic optimization."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
-from typing import Any, Generic, NamedTuple, TypedDict, TypeVar
+from typing import Any, Generic, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +11,12 @@ from torch import Tensor
 from rlhf_lightning.data.batching import ShardSpec, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
 from rlhf_lightning.distributed import RoundLeft, gather, leave_if, safe_points
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.rollout.producer import ProducerState
 from rlhf_lightning.rollout.statistics import Sums, means
 from rlhf_lightning.types import Counts, RolloutBatch, TrainingSample
 
 T = TypeVar("T")
+T_contra = TypeVar("T_contra", contravariant=True)
 
 
 class LoaderState(TypedDict):
@@ -24,6 +26,18 @@ class LoaderState(TypedDict):
     """Number of batches yielded in this epoch, including the one that is being trained on; 0 from the last one on."""
     rows: list[list[dict[str, Any]]]
     """Within a round, the training samples of every rank, as plain values."""
+    ahead: NotRequired[ProducerState]
+    """Within an epoch, what a producer has sampled ahead."""
+
+
+class Producer(Protocol[T_contra]):
+    """Samples rounds ahead of training; see `RolloutProducer`."""
+
+    def running(self, rounds: Sequence[tuple[int, Sequence[T_contra]]]) -> AbstractContextManager[None]: ...
+
+    def state_dict(self, first: int) -> ProducerState: ...
+
+    def load_state_dict(self, state: ProducerState, rank: int, world: int) -> None: ...
 
 
 class Interruption(NamedTuple):
@@ -67,6 +81,7 @@ class RolloutDataLoader(Generic[T]):
             step, and limit.
         shuffle: True to shuffle the prompts in each epoch.
         where: File and line of each prompt by its index, for error messages.
+        producer: Samples the rounds that `collect` returns, ahead of training; None if `collect` samples.
 
     Raises:
         ConfigError: On iteration, if an optimizer step would span two rounds.
@@ -92,11 +107,12 @@ class RolloutDataLoader(Generic[T]):
         shard_spec: Callable[[], ShardSpec] = ShardSpec,
         shuffle: bool = True,
         where: Mapping[int, str] | None = None,
+        producer: Producer[T] | None = None,
     ) -> None:
         self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
         self.items_per_round = min(items_per_round, len(items))
         self.update_epochs, self.minibatches = update_epochs, minibatches
-        self.shard_spec, self.shuffle, self.where = shard_spec, shuffle, where or {}
+        self.shard_spec, self.shuffle, self.where, self.producer = shard_spec, shuffle, where or {}, producer
         self.position = self._start = 0
         """See `LoaderState.position`."""
         self.interruption: Interruption | None = None
@@ -136,10 +152,24 @@ class RolloutDataLoader(Generic[T]):
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, shard_spec.epoch))
         shuffled = torch.randperm(len(self.items), generator=generator).tolist()
         order = shuffled if self.shuffle else list(range(len(self.items)))
-        for round_in_epoch in range(start // self.per_round, self.rounds):
-            indices = order[round_in_epoch * self.items_per_round : (round_in_epoch + 1) * self.items_per_round]
-            done = max(0, start - round_in_epoch * self.per_round)
-            yield from self._round([self.items[i] for i in indices], round_in_epoch, done, shard_spec)
+        batches = self._batches(shard_spec)
+        size = self.items_per_round
+        rounds = [[self.items[i] for i in order[k * size : (k + 1) * size]] for k in range(self.rounds)]
+        # Those that the epoch reaches, less a round that is restored as a whole.
+        reached = range(start // self.per_round + (self._restored is not None), -(-batches // self.per_round))
+        ahead = [(self._index(k, shard_spec), rounds[k][shard_spec.rank :: shard_spec.world]) for k in reached]
+        with self.producer.running(ahead) if self.producer else nullcontext():
+            for round_in_epoch in range(start // self.per_round, self.rounds):
+                done = max(0, start - round_in_epoch * self.per_round)
+                yield from self._round(rounds[round_in_epoch], round_in_epoch, done, shard_spec)
+
+    def _index(self, round_in_epoch: int, shard_spec: ShardSpec) -> int:
+        """Index of a round over all epochs."""
+        return shard_spec.epoch * self.rounds + round_in_epoch
+
+    def _batches(self, shard_spec: ShardSpec) -> int:
+        """Number of batches of an epoch, which `limit_train_batches` may cut short."""
+        return min(len(self), shard_spec.limit or len(self))
 
     def _round(self, items: list[T], round_in_epoch: int, done: int, shard_spec: ShardSpec) -> Iterator[RolloutBatch]:
         """The mini-batches of a round.
@@ -150,7 +180,7 @@ class RolloutDataLoader(Generic[T]):
             done: Number of its mini-batches that were yielded before the checkpoint.
             shard_spec: The part of the epoch that this rank takes.
         """
-        round_index = shard_spec.epoch * self.rounds + round_in_epoch
+        round_index = self._index(round_in_epoch, shard_spec)
         statistics: dict[str, float] | None = None
         if done and self._restored is not None:
             self._rows = self._restored
@@ -162,9 +192,9 @@ class RolloutDataLoader(Generic[T]):
         self._restored = None
         minibatches = self._minibatches(round_index)
         denominators = self._denominators(minibatches, shard_spec)
-        batches_per_epoch = min(len(self), shard_spec.limit or len(self))
+        batches = self._batches(shard_spec)
         for k in range(done, self.per_round):
-            self.position = (round_in_epoch * self.per_round + k + 1) % batches_per_epoch
+            self.position = (round_in_epoch * self.per_round + k + 1) % batches
             batch = self._collate(minibatches[k])
             batch["denominators"] = denominators[k // shard_spec.accumulate]
             batch["round"] = round_index
@@ -240,10 +270,17 @@ class RolloutDataLoader(Generic[T]):
         }
 
     def state_dict(self) -> LoaderState:
-        """The position and, within a round, all its rows on every rank. All ranks must call this together."""
+        """The position, within a round all its rows on every rank, and what was sampled ahead in the epoch.
+
+        All ranks must call this together.
+        """
         inside = not self.at_round_start
         rows = [asdict(row) for row in self._rows] if inside else []
-        return {"position": self.position, "rows": gather(rows)}
+        state: LoaderState = {"position": self.position, "rows": gather(rows)}
+        if self.producer and self.position:
+            first = self._index(self.position // self.per_round + inside, self.shard_spec())
+            state["ahead"] = self.producer.state_dict(first)
+        return state
 
     def load_state_dict(self, state: LoaderState) -> None:
         """Restore a `state_dict`.
@@ -262,3 +299,5 @@ class RolloutDataLoader(Generic[T]):
                 "steps per round."
             )
         self._restored = [TrainingSample(**row) for row in state["rows"][shard_spec.rank]] if inside else None
+        if self.producer and "ahead" in state:
+            self.producer.load_state_dict(state["ahead"], shard_spec.rank, shard_spec.world)

@@ -118,6 +118,22 @@ class EpisodeRunner:
         self._report(states)
         return [state.episode for state in states]
 
+    def run_groups(self, prompts: Sequence[Prompt], group_size: int, version: int | None = None) -> list[Episode]:
+        """Run `group_size` episodes for each prompt.
+
+        Args:
+            prompts: The prompts.
+            group_size: Episodes per prompt.
+            version: Version of the sampling weights; see `TrainingSample.policy_version`.
+
+        Returns:
+            `len(prompts) * group_size` episodes, in the order of the prompts.
+        """
+        episodes = self.run([(prompt, sample_index) for prompt in prompts for sample_index in range(group_size)])
+        for training_sample in (one for episode in episodes for one in episode.training_samples):
+            training_sample.policy_version = version
+        return episodes
+
     def _reset(self, starting: list[EpisodeState]) -> list[EpisodeState]:
         """Create and reset the environments of episodes.
 

@@ -289,7 +289,7 @@ class Rounds:
         self.fast_dev_run = False
 
     def play(self, callback: Diagnostics, values: dict[str, list[float]], first: int = 0) -> list[tuple[int, str]]:
-        module: Any = type("Module", (), {"samples_rollouts": True, "staleness": 0})()
+        module: Any = type("Module", (), {"samples_rollouts": True, "max_staleness": 0})()
         self.global_step = first
         callback.on_train_start(self, module)  # type: ignore[arg-type]
         for i in range(first, len(next(iter(values.values())))):
@@ -410,7 +410,7 @@ def test_checks_can_be_replaced_disabled_and_added(tmp_path: Path) -> None:
 
 def test_checks_of_on_policy_samples_skip_recorded_episodes(tmp_path: Path) -> None:
     callback, run = Diagnostics(), Rounds(tmp_path)
-    module: Any = type("Module", (), {"samples_rollouts": False, "staleness": 0})()
+    module: Any = type("Module", (), {"samples_rollouts": False, "max_staleness": 0})()
     callback.on_train_start(run, module)  # type: ignore[arg-type]
     for _ in range(6):
         callback.curves.record({"logprob_gap": 0.5, "kl": -3.0}, callback.watched)
@@ -563,7 +563,8 @@ def test_two_ranks_warn_like_one(base: str, tmp_path: Path) -> None:
     # The means over a round's tokens are those of all ranks.
     for one, other in zip(files[1][1], files[2][1], strict=True):
         assert one.keys() == other.keys() >= {"entropy", "reward", "kl", "logprob_gap", "repeated_ngrams"}
-        for name in one.keys() - {"loss"}:  # a rank's loss is its share of the step's
+        assert [name for name in one if one[name] is None] == [name for name in other if other[name] is None]
+        for name in {name for name in one if one[name] is not None} - {"loss"}:  # a rank's loss is its share
             assert one[name] == pytest.approx(other[name], rel=1e-5, abs=1e-6), name
     assert [row["name"] for row in files[1][2]] == [row["name"] for row in files[2][2]] != []
     assert [(row["step"], row["group"]) for row in files[1][3]] == [(step, i) for step in (0, 4) for i in range(3)]
@@ -626,10 +627,10 @@ def test_critic_advantages_and_explained_variance_are_logged(base: str, tmp_path
 
 
 def test_logprob_gap_check_skips_stale_rollouts(base: str, tmp_path: Path) -> None:
-    for staleness, names in ((0, ["logprob_gap"]), (1, [])):
+    for max_staleness, names in ((0, ["logprob_gap"]), (1, [])):
         watch = Watch([LogprobGap(limit=1e-12, rounds=2)], disabled=["truncation"])
-        folder = tmp_path / str(staleness)
-        module = make("policy", base, staleness=staleness)
+        folder = tmp_path / str(max_staleness)
+        module = make("policy", base, max_staleness=max_staleness)
         trainer(folder, callbacks=[watch, FirstStepInvariants(strict=True)]).fit(module, data("policy"))
         path = folder / "warnings.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []

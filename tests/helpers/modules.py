@@ -104,7 +104,7 @@ def policy_settings(name: str) -> Options:
         "whitened": {"advantage": GlobalWhitened(), "kl": KLPenalty(0.1, "reward")},
         "centered": {"kl": KLPenalty(0.3, "reward", discount=0.5)},
         "refresh": {"kl": KLPenalty(0.3, estimator="k2", refresh_every=2)},
-        "stale": {"staleness": 1, "kl": KLPenalty(0.1)},
+        "stale": {"max_staleness": 1, "kl": KLPenalty(0.1)},
         "resampled": {"resample_groups": 2, "importance_weights": ImportanceWeights("sequence", "mask", 0.5, 2.0)},
     }
     return found[name]

@@ -186,7 +186,7 @@ _GROUPS: dict[tuple[str, ...], str] = {
         trainer.deterministic trainer.enable_autolog_hparams trainer.enable_checkpointing trainer.logger
         trainer.enable_model_summary trainer.enable_progress_bar trainer.fast_dev_run trainer.inference_mode
         trainer.sync_batchnorm trainer.use_distributed_sampler weights_only""",
-    ("zero",): """checkpoint_every seed_everything data.seed staleness resample_groups min_words trainer.min_epochs
+    ("zero",): """checkpoint_every seed_everything data.seed max_staleness resample_groups min_words trainer.min_epochs
         trainer.min_steps trainer.num_sanity_val_steps trainer.log_every_n_steps trainer.fast_dev_run warmup_rounds
         trainer.reload_dataloaders_every_n_epochs top_k min_tokens""",
     ("negative",): "trainer.max_epochs trainer.max_steps trainer.num_sanity_val_steps",

@@ -122,7 +122,7 @@ CASES: dict[str, dict[str, Any]] = {
     "kl in the reward": {"kl": KLPenalty(BETA, "reward")},
     "kl in the reward, as Tinker": {"kl": KLPenalty(BETA, "reward", discount=0.0)},
     "kl in the reward, plain": {"kl": KLPenalty(BETA, "reward", centered=False)},
-    "a stale round": {"staleness": 1, "objective": policy.ClippedSurrogate()},
+    "a stale round": {"max_staleness": 1, "objective": policy.ClippedSurrogate()},
 }
 
 

@@ -225,7 +225,7 @@ def test_stale_round_is_sampled_with_the_previous_weights(base: str, tmp_path: P
         module = make("policy", base, optimizer=sgd(2.0), **options)
         return module, watched(module, data("policy", 12), tmp_path / folder)
 
-    _, watch = fit("stale", staleness=1)
+    _, watch = fit("stale", max_staleness=1)
     rounds = watch.episodes
     start = make("policy", base)
     start.configure_model()
@@ -328,7 +328,7 @@ def test_entropy_bonus_keeps_the_policy_random(base: str, tmp_path: Path) -> Non
         ({"critic": Critic()}, {}, "does not use values. Set model.advantage to GAE"),
         ({"advantage": GAE()}, {}, "needs the values of a critic"),
         ({"critic": Critic(shared=True, warmup_rounds=1), "advantage": GAE()}, {}, "changes the policy"),
-        ({"staleness": 2}, {}, "it must be 0 or 1"),
+        ({"max_staleness": -1}, {}, "it must be at least 0"),
         ({"resample_groups": -1}, {}, "at least 0"),
         ({"objective": Reinforce()}, {"update_epochs": 2}, "neither a clip nor an importance ratio"),
         ({"objective": Reinforce()}, {"minibatches": 2}, "2 optimizer steps"),
@@ -380,7 +380,7 @@ def test_critic_learns_from_recorded_episodes(base: str, tmp_path: Path) -> None
     ("options", "advantage", "message"),
     [
         ({"resample_groups": 1}, None, "are already sampled"),
-        ({"staleness": 1}, None, "are already sampled"),
+        ({"max_staleness": 1}, None, "are already sampled"),
         ({"objective": Reinforce()}, None, "cannot correct for"),
         ({"critic": Critic(), "advantage": GAE()}, 1.0, "a critic would learn nothing"),
         ({"advantage": GlobalWhitened()}, 1.0, "whitening would change"),
