@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.models.packing import PackedLayout, within_window
+from rlhf_lightning.models.short_attention import SHORT, ShortAttentionFunction, attention_bias, causal
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -219,11 +220,14 @@ def packed_attention(
     """
     if _use_flex(query) and not dropout:
         return _flex(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous()
-    if key.shape[1] != query.shape[1]:
+    attend: Callable[..., Tensor] = partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap)
+    if not softcap and not dropout and _rounds(query) and layout.longest <= SHORT:
+        query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
+        attend = partial(_attend_short, scaling=scaling)
+    elif key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
     limit = sys.maxsize if sliding_window is None else sliding_window
-    attend = partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap)
     sizes = [size for tree in layout.trees for size in (tree.prefix, *tree.branches)]
     # One split, because the backward of separate slices would add a gradient of the full length for every piece.
     pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
@@ -278,6 +282,21 @@ def _attend(
     if mask is None:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     return _by_scores(query, key, value, mask, scaling, softcap, dropout)
+
+
+def _rounds(query: Tensor) -> bool:
+    """True if attention is computed in bfloat16 on a CPU."""
+    if query.device.type != "cpu":
+        return False
+    autocast = torch.is_autocast_enabled("cpu")
+    return (torch.get_autocast_dtype("cpu") if autocast else query.dtype) == torch.bfloat16
+
+
+def _attend_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
+    if mask is None:
+        mask = causal(query.shape[2], key.shape[2])
+    bias = attention_bias(mask, query, key)
+    return ShortAttentionFunction.apply(query, key, value, bias, query.shape[3] ** -0.5 if scaling is None else scaling)
 
 
 def _fused(

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lightning.models.logits import RoundedLogitsFunction
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.sharding import run_unsharded
 
@@ -54,12 +55,31 @@ class Backbone:
     def logits(self, states: Tensor) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., H]`; in the head's own precision under autocast if that is wide.
 
-        In bfloat16, logits between 16 and 32 are multiples of 0.125.
+        In bfloat16, logits between 16 and 32 would be multiples of 0.125. On a CPU under autocast, factors may be
+        rounded to bfloat16, but logits are not (see `RoundedLogitsFunction`).
         """
         if not self.wide_head:
             return self._adjust(self.lm_head(states))
+        rounded = self._rounds_head(states)
         with torch.autocast(states.device.type, enabled=False):
-            return self._adjust(self.lm_head(states.to(self.lm_head.weight.dtype)))
+            states = states.to(self.lm_head.weight.dtype)
+            if not rounded:
+                return self._adjust(self.lm_head(states))
+            logits = RoundedLogitsFunction.apply(states.flatten(0, -2), self.lm_head.weight)
+            return self._adjust(logits.unflatten(0, states.shape[:-1]))
+
+    def _rounds_head(self, states: Tensor) -> bool:
+        """True if the head may be computed from rounded factors: a plain layer, under autocast on a CPU."""
+        head, device = self.lm_head, states.device.type
+        return (
+            device == "cpu"
+            and torch.is_autocast_enabled(device)
+            and torch.get_autocast_dtype(device) == torch.bfloat16
+            and type(head) is nn.Linear
+            and type(head.weight) is nn.Parameter
+            and head.weight.dtype == torch.float32
+            and head.bias is None
+        )
 
     @property
     def wide_head(self) -> bool:

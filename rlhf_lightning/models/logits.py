@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_lightning.models.precision import rounded_factors
+
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 """Number of logits processed at once; on a CPU, small enough for its cache."""
 
@@ -85,6 +87,36 @@ class TokenLogprobsFunction(torch.autograd.Function):
             if bend is not None:
                 probabilities.add_(bend)
         return buffer, None, None, None
+
+
+class RoundedLogitsFunction(torch.autograd.Function):
+    """Autograd function: `apply(states, weight)` → logits `[n, V]` in float32, for training in bfloat16 on a CPU.
+
+    `states` are `[n, H]` and `weight` `[V, H]`, both float32. Logits are sums in float32 of factors that may be rounded
+    to bfloat16 (`rounded_factors`). The gradients are products in bfloat16, like those of all other layers.
+
+    Example:
+        >>> RoundedLogitsFunction.apply(torch.ones(2, 4), torch.ones(3, 4))
+        tensor([[4., 4., 4.],
+                [4., 4., 4.]])
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor) -> Tensor:
+        """Compute the logits."""
+        ctx.save_for_backward(states, weight)
+        with rounded_factors():
+            return states @ weight.t()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the states and the weight."""
+        states, weight = ctx.saved_tensors
+        narrow = grad.to(torch.bfloat16)
+        by_states = (narrow @ weight.to(torch.bfloat16)).to(states.dtype) if ctx.needs_input_grad[0] else None
+        by_weight = (narrow.t() @ states.to(torch.bfloat16)).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        return by_states, by_weight
 
 
 def _parts(logits: Tensor) -> list[slice]:

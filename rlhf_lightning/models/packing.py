@@ -167,6 +167,11 @@ class PackedLayout:
         self._masks: dict[tuple[int, int | None], Tensor] = {}
         self.blocks: dict[int | None, BlockMask] = {}
 
+    @property
+    def longest(self) -> int:
+        """Number of tokens of the longest row."""
+        return max(tree.prefix + max(tree.branches) for tree in self.trees)
+
     def places(self, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Find the wanted tokens of this group.
 

@@ -1,8 +1,8 @@
-"""Keeps some tensors in float32 when a model is cast to a narrower type."""
+"""Which tensors and products stay in float32 at a narrower precision."""
 
 import functools
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -84,3 +84,18 @@ def weights_alone(plugin: Any) -> None:
     plugin.convert_input = lambda data: data
     if precision.endswith("16-true"):
         plugin.forward_context = plugin.tensor_init_context = nullcontext
+
+
+@contextmanager
+def rounded_factors() -> Iterator[None]:
+    """Context manager in which matrix products of float32 tensors may round their factors, but not their sums.
+
+    On a CPU, oneDNN then computes them: with AMX it multiplies in bfloat16 and adds in float32; on other processors it
+    computes in float32, on those of AMD twice as fast as the library that PyTorch uses otherwise.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.utilities import GradClipAlgorithmType, rank_zero_only
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import AdamW, Optimizer
@@ -294,9 +294,9 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
     # -- optimizer ------------------------------------------------------------------------------------------------
 
     def _default_optimizer(self, parameters: ParamsT) -> Optimizer:
-        mixed = isinstance(getattr(self._trainer, "precision_plugin", None), MixedPrecision)
-        # Lightning cannot clip the gradients of a fused optimizer under mixed precision.
-        fused = not mixed and self.device.type in ("cpu", "cuda")
+        # A fused optimizer would undo the scaling of the loss itself, which Lightning cannot combine with clipping.
+        scaled = getattr(getattr(self._trainer, "precision_plugin", None), "scaler", None) is not None
+        fused = not scaled and self.device.type in ("cpu", "cuda")
         return AdamW(parameters, lr=1e-4 if self.lora else 1e-5, weight_decay=0.0, fused=fused)
 
     def parameter_groups(self) -> ParamsT:
@@ -331,6 +331,24 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
                 "lr_scheduler": {"scheduler": scheduler, "interval": "epoch", "monitor": monitor},
             }
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip gradients, under `bf16-mixed` also those of a fused optimizer.
+
+        Lightning refuses that under any mixed precision, but the reason applies only to `16-mixed`: there, a fused
+        optimizer undoes the scaling of the loss after clipping. `bf16-mixed` does not scale the loss.
+        """
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is None:
+            algorithm = GradClipAlgorithmType(gradient_clip_algorithm or GradClipAlgorithmType.NORM)
+            Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+            return
+        super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         # An earlier `validate` leaves metric states created in inference mode, which training cannot update.
