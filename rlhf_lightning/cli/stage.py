@@ -27,6 +27,7 @@ from rlhf_lightning.cli.messages import (
     read_configs,
 )
 from rlhf_lightning.cli.parser import StageParser
+from rlhf_lightning.cli.precision import accept_auto, choose_precision
 from rlhf_lightning.cli.refusals import refusals, unfit_settings
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.cli.values import check_values
@@ -163,6 +164,7 @@ class StageCLI(LightningCLI):
             command._option_string_actions["--ckpt_path"].help = RESUME if name == "fit" else WEIGHTS
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        accept_auto(parser)
         parser.add_argument("--log_level", default="info", choices=LEVELS, help="lowest level of logged messages")
         parser.add_argument(
             "--log_file", type=str | None, default=None, help="log file (default: logs/run.log in the stage's folder)"
@@ -243,6 +245,8 @@ class StageCLI(LightningCLI):
             raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be created ({error.strerror})") from None
         if self.subcommand == "fit":
             check_trained(config)
+        choose_precision(config, {} if config.get("fresh") else self._before())
+        if self.subcommand == "fit":
             self._claim(config)
             self._continue_or_stop(config)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))

@@ -3,7 +3,6 @@
 import importlib.util
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from rlhf_lightning.errors import UserError
@@ -50,22 +49,10 @@ def get_model() -> None:
 
 
 def faster_dtype() -> str:
-    """`bfloat16` if this processor multiplies matrices at least twice as fast in it, else `float32`.
+    """`bfloat16` if training in it is faster on this processor, measured with layers of the model's size."""
+    from rlhf_lightning.models.auto_precision import measure_precision
 
-    The matrices have the size of the model's. Processors without instructions for bfloat16 are slower in it.
-    """
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        rows, weight = torch.ones(256, 576, dtype=dtype), torch.ones(1536, 576, dtype=dtype)
-        best = float("inf")
-        for _ in range(5):  # the first multiplication also prepares the kernel
-            begin = time.perf_counter()
-            torch.nn.functional.linear(rows, weight)
-            best = min(best, time.perf_counter() - begin)
-        return best
-
-    return "bfloat16" if seconds(torch.bfloat16) * 2 <= seconds(torch.float32) else "float32"
+    return "bfloat16" if measure_precision().pays else "float32"
 
 
 if __name__ == "__main__":

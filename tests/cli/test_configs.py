@@ -140,7 +140,7 @@ def test_pipeline_takes_lists_and_overlays_of_configs() -> None:
     plan = read_plan(CONFIGS / "qwen3_full.yaml", overlays=[CONFIGS / "overlays" / "cpu.yaml"])
     assert [stage.settings["model"]["lora"] for stage in plan.stages] == [None] * 3
     assert [stage.settings["model"]["optimizer"]["init_args"]["lr"] for stage in plan.stages] == [1e-5, 1e-5, 1e-6]
-    assert [stage.settings["trainer"]["precision"] for stage in plan.stages] == ["32-true"] * 3
+    assert [stage.settings["trainer"]["precision"] for stage in plan.stages] == ["auto"] * 3
     assert {stage.settings["trainer"]["accelerator"] for stage in plan.stages} == {"cpu"}
     assert plan.stages[0].settings["model"]["model"] == "Qwen/Qwen3-0.6B"
 
