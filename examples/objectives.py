@@ -1,6 +1,7 @@
-"""Losses of your own: one of policy RL, one of pairs. Each is a class that YAML can name.
+"""Losses of your own, one of policy RL and one of pairs, and an advantage. Each is a class that YAML can name.
 
-In YAML `objective: {class_path: examples.objectives.TOPR}` and `loss: {class_path: examples.objectives.RDPO}`.
+In YAML for example `objective: {class_path: examples.objectives.TOPR}` and
+`advantage: {class_path: examples.objectives.RoundCentered}`.
 """
 
 import sys
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning import PolicyRLModule, PreferenceDataModule, PreferenceModule, PromptDataModule
+from rlhf_lightning.distributed import gather
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.objectives.policy import PolicyObjective
 from rlhf_lightning.objectives.policy.importance import masked, token_ratio
 from rlhf_lightning.objectives.preference import PairLoss, bradley_terry
 from rlhf_lightning.rewards import LengthReward
+from rlhf_lightning.rollout.advantages import Advantage
 
 
 class TOPR(PolicyObjective):
@@ -40,6 +43,16 @@ class TOPR(PolicyObjective):
         return masked(-weight * advantages * logprobs, loss_mask)
 
 
+class RoundCentered(Advantage):
+    """Reward minus the mean reward of the round, over the episodes of all ranks."""
+
+    def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
+        """Advantage of each episode of this rank, `[N]`."""
+        sums = gather((float(rewards.sum()), len(rewards)))  # of each rank
+        total, count = (sum(column) for column in zip(*sums, strict=True))
+        return rewards - total / max(1, count)
+
+
 class RDPO(PairLoss):
     """Length-regularized DPO: -log σ(c - r + α·(|c| - |r|)), lengths in tokens (arXiv 2403.19159).
 
@@ -58,11 +71,17 @@ class RDPO(PairLoss):
 
 
 def main(model: str, folder: str = "runs/examples") -> tuple[pl.Trainer, pl.Trainer]:
-    """Train with each loss."""
+    """Train with each of them."""
     flags: dict[str, Any] = {"default_root_dir": folder, "logger": False, "enable_checkpointing": False}
     policy = pl.Trainer(max_epochs=1, **flags)
     policy.fit(
-        PolicyRLModule(model, TOPR(), rewards=[LengthReward(target=8)], sampler=Sampler(max_tokens=16)),
+        PolicyRLModule(
+            model,
+            TOPR(),
+            advantage=RoundCentered(),
+            rewards=[LengthReward(target=8)],
+            sampler=Sampler(max_tokens=16),
+        ),
         # Two passes over each round's answers: in the second the ratio is no longer 1.
         PromptDataModule(["Count to three.", "Say hello."], prompts_per_round=2, group_size=4, update_epochs=2),
     )

@@ -27,10 +27,13 @@ from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.models.scorers import LoadedModel
 from rlhf_lightning.objectives.policy import importance_sampling
-from rlhf_lightning.types import Row
+from rlhf_lightning.rollout.advantages import compute_token_advantages
+from rlhf_lightning.types import Episode, Row, TrainingSample
+from tests.helpers.runs import in_ranks
 from tests.helpers.training import trainer
 
 ROOT = Path(__file__).parents[1]
+CLASSES = (objectives.TOPR, objectives.RoundCentered, objectives.RDPO)
 
 
 def test_each_example_is_tested_and_listed() -> None:
@@ -53,7 +56,7 @@ def test_rewards(base: str, tmp_path: Path) -> None:
 
 
 def test_an_extension_takes_few_lines() -> None:
-    for extension in (rewards.polite, rewards.Covers, objectives.TOPR, objectives.RDPO, engine.PlainEngine):
+    for extension in (rewards.polite, rewards.Covers, *CLASSES, engine.PlainEngine):
         assert len(inspect.getsource(extension).splitlines()) < 25
 
 
@@ -109,6 +112,21 @@ def test_objectives(base: str, tmp_path: Path) -> None:
     c, r, lengths = torch.tensor([1.0]), torch.tensor([0.5]), torch.tensor([30.0])
     found = objectives.RDPO(alpha=0.1)(c, r, chosen_lengths=lengths, rejected_lengths=lengths - 10)
     torch.testing.assert_close(found, torch.nn.functional.softplus(torch.tensor([-1.5])))
+
+
+def test_an_advantage_over_ranks(tmp_path: Path) -> None:
+    """A mean over the round is that of all ranks, also of one whose episodes have all failed."""
+    rewards = [[1.0, 3.0], [5.0], []]
+
+    def run() -> None:
+        torch.distributed.init_process_group("gloo")
+        own = rewards[torch.distributed.get_rank()]
+        samples = [[TrainingSample([1, 2], [0, 1], [0.0, -1.0])] for _ in own]
+        episodes = [Episode([], {}, 0, training_samples=each, reward=r) for each, r in zip(samples, own, strict=True)]
+        compute_token_advantages(episodes, objectives.RoundCentered(), None)
+        assert [episode.advantage for episode in episodes] == [reward - 3.0 for reward in own]
+
+    in_ranks(3, run, tmp_path)
 
 
 def test_scorer(base: str, tmp_path: Path, tokenizer: object) -> None:

@@ -56,7 +56,7 @@ from rlhf_lightning.objectives.policy.importance import token_log_ratio
 from rlhf_lightning.objectives.value import value_loss
 from rlhf_lightning.rewards import Reward, RewardTerm, check_finite
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
-from rlhf_lightning.rollout.collector import RolloutCollector, SampleScorers, answers
+from rlhf_lightning.rollout.collector import RolloutCollector, TokenFunctions, answers
 from rlhf_lightning.rollout.dataloader import Producer, RolloutDataLoader
 from rlhf_lightning.rollout.kl import KLController, KLPenalty
 from rlhf_lightning.rollout.producer import RolloutProducer
@@ -164,6 +164,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         self.objective, self.advantage = objective or ImportanceSampling(), advantage or GroupCentered()
         self.rewards = list(rewards or [])
         self.kl, self.critic, self.sampler = kl, critic, sampler or Sampler()
+        # `kl` are the settings; the current coefficient is that of `kl_controller.penalty`.
         self.kl_controller = None if kl is None else KLController(kl)
         self.environment = environment_factory(environment, environment_args)
         self.limits = limits or Limits()
@@ -381,16 +382,16 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             terms=terms,
             advantage=self.advantage,
             seed=self.seed,
-            kl=self.kl_controller,
+            kl_controller=self.kl_controller,
             reference=self.reference,
-            scorers=self._sample_scorers(),
+            token_functions=self._token_functions(),
             environment=self.environment,
             limits=self.limits,
             truncated_reward=self.truncated_reward,
             mask_truncated=self.mask_truncated,
             resample_groups=self.resample_groups,
             sequence_level=self.objective.sequence_level,
-            context=self.sampling_context,
+            sampling_context=self.sampling_context,
         )
 
     def _make_reference(self, kl: KLPenalty) -> Reference:
@@ -413,7 +414,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             offload=kl.offload,
         )
 
-    def _sample_scorers(self) -> SampleScorers:
+    def _token_functions(self) -> TokenFunctions:
         """Functions that compute what the settings need of each training sample; None for the rest."""
         temperature = self.sampler.temperature
         reference, recompute = self.reference, self.importance_weights is not None
@@ -421,7 +422,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         def recomputed(ids: Tensor, loss_mask: Tensor) -> Tensor:
             return self.token_logprobs(ids, loss_mask, temperature).logprobs
 
-        return SampleScorers(
+        return TokenFunctions(
             reference_logprobs=None
             if reference is None
             else lambda ids, loss_mask: reference.logprobs(ids, loss_mask, temperature),
@@ -745,7 +746,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             greedy = self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
             sampled = self.collector.rollout(prompts, 1, (VALIDATION,))
             if self.reference is not None:
-                self.collector.score(sampled, SampleScorers(self.collector.scorers.reference_logprobs))
+                self.collector.fill(sampled, TokenFunctions(self.collector.token_functions.reference_logprobs))
         metrics.add(greedy, sampled)
         for key, metric in metrics.logged(kl=self.reference is not None):
             self.log(f"{name}/{key}", metric, prog_bar=key == "reward_sampled", batch_size=max(1, len(prompts)))

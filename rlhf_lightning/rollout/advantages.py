@@ -1,8 +1,12 @@
 """Advantages of episodes and tokens, as settings over the functions of `objectives.advantage`.
 
 `Advantage.__call__` subtracts a baseline from the reward, which gives one number per episode.
-`Advantage.token_advantages` distributes it over the sampled tokens, together with per-token penalties.
-`compute_token_advantages` calls both and writes the result into the training samples.
+`Advantage.token_advantages` distributes it over the sampled tokens, and adds a KL penalty in the reward, which is a
+(mostly negative) reward of each token: -coefficient · k1. `compute_token_advantages` calls both and writes the result
+into the training samples.
+
+Shapes: N episodes of this rank; T columns, in which the training samples of an episode follow one another, padded on
+the right.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +28,15 @@ class Advantage(Settings):
     """Base class of advantages. Used directly, the advantage of each token is the reward of its episode.
 
     A subclass overrides `__call__` to subtract a baseline, or `token_advantages` to change how advantages are
-    distributed over tokens.
+    distributed over tokens. Each rank calls it with its own episodes. A baseline over the round must therefore be
+    computed over all ranks, as here:
 
     Example:
-        >>> class BatchCentered(Advantage):
+        >>> class RoundCentered(Advantage):
         ...     def __call__(self, rewards, group_ids):
-        ...         return rewards - rewards.mean()
-        >>> BatchCentered()(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))
+        ...         sums = gather((float(rewards.sum()), len(rewards)))  # of each rank
+        ...         return rewards - sum(total for total, _ in sums) / max(1, sum(count for _, count in sums))
+        >>> RoundCentered()(torch.tensor([1.0, 3.0]), torch.tensor([0, 0]))
         tensor([-1.,  1.])
     """
 
@@ -39,17 +45,22 @@ class Advantage(Settings):
     needs_values = False
     """True if a critic is required."""
     centers_penalty = True
-    """True if `KLPenalty(centered=True)` takes effect: the mean over the round of the KL part is subtracted from it,
-    which needs a linear `token_advantages`. False if a critic or whitening is the baseline already."""
+    """True if `KLPenalty(centered=True)` takes effect: the part of the advantages that comes from KL is centered, that
+    is, its mean over the round's tokens is subtracted. That part is what `token_advantages` returns for the penalties
+    alone, so it must be linear in `episode_advantages` and `token_rewards`. False if a critic or whitening is the
+    baseline already."""
     whiten = False
     """True to scale the advantages of a round's tokens to mean 0 and variance 1, over all ranks."""
 
     def __call__(self, rewards: Tensor, group_ids: Tensor) -> Tensor:
         """Subtract a baseline from the rewards.
 
+        All ranks call it once per round, each with its own episodes: whole groups, without failed episodes, perhaps
+        none. A baseline over the round must be computed over all ranks (`distributed.gather`).
+
         Args:
-            rewards: Reward of each episode, `[N]`.
-            group_ids: Group of each episode, `[N]`.
+            rewards: Reward of each episode of this rank, `[N]`.
+            group_ids: Group of each of these episodes, `[N]`.
 
         Returns:
             Advantage of each episode, `[N]`.
@@ -62,7 +73,7 @@ class Advantage(Settings):
         """Compute the advantage, and with a critic the return, of each token.
 
         Args:
-            episode_advantages: What `__call__` returned (plus, for a sequence-level objective, the penalties of the
+            episode_advantages: What `__call__` returned (for a sequence-level objective, less the KL penalties of the
                 whole episode), in reward units, `[N]`.
             token_rewards: KL penalty of each token as a reward, -coefficient · k1, negative on average; in reward
                 units, `[N, T]`.
@@ -119,7 +130,7 @@ class LeaveOneOut(Advantage):
 
 
 class GlobalWhitened(Advantage):
-    """Reward plus the KL penalties of this and later tokens, whitened over a round (REINFORCE++, arXiv 2501.03262).
+    """Reward less the KL penalties of this and later tokens, whitened over a round (REINFORCE++, arXiv 2501.03262).
 
     Args:
         baseline: `none`, or `group` to subtract the group's mean first (REINFORCE++-baseline), which needs groups.
@@ -148,8 +159,8 @@ class GlobalWhitened(Advantage):
 class GAE(Advantage):
     """Generalized advantage estimation with a critic (arXiv 1506.02438), as in PPO.
 
-    The reward of an episode is given at its last sampled token, each KL penalty at its own token. The value after the
-    last token is 0.
+    The reward of an episode is given at its last sampled token, each KL penalty (as a negative reward) at its own
+    token. The value after the last token is 0.
 
     Args:
         gamma: Discount factor of rewards; 1 is usual for responses of a few hundred tokens.
@@ -189,14 +200,14 @@ def compute_token_advantages(
 
     An episode has several training samples if the chat template re-renders earlier turns. Together they are one
     sequence of actions, so a penalty in a later sample also counts for the tokens of earlier ones. A KL penalty in the
-    reward is added after the group's baseline and before whitening.
+    reward is subtracted after the group's baseline and before whitening.
 
     Args:
         episodes: Episodes of a round, on this rank. Episodes that already have an `advantage` keep it.
         advantage: Computes the advantages.
-        kl: The KL penalty; with `place: reward` it is added to the rewards of individual tokens.
-        sequence_level: True if the objective treats a response as one action. All its tokens then share one advantage:
-            that of the episode plus the penalties of all its tokens.
+        kl: The KL penalty; with `place: reward` it enters the rewards of individual tokens.
+        sequence_level: True if the objective treats a sequence (a training sample) as one action. All tokens of an
+            episode then share one advantage: that of the episode, less the KL penalties of all its tokens.
     """
     _compute_episode_advantages(episodes, advantage)
     episode_advantages = torch.tensor([episode.advantage for episode in episodes], dtype=torch.float64)  # [N]
@@ -212,7 +223,7 @@ def compute_token_advantages(
         old = _concatenate(episodes, lambda sample: sample.old_logprobs)
         reference = _concatenate(episodes, lambda sample: sample.reference_logprobs)
         token_rewards, discount = penalty.token_rewards(old, reference, loss_mask), penalty.discount
-    penalty_sums = torch.zeros_like(episode_advantages)  # over a response that is one action, [N]
+    penalty_sums = torch.zeros_like(episode_advantages)  # over all tokens of an episode, [N]
     if sequence_level:
         penalty_sums, token_rewards = token_rewards.sum(-1), torch.zeros_like(loss_mask)
 
@@ -240,12 +251,12 @@ def compute_token_advantages(
 
 def _compute_episode_advantages(episodes: Sequence[Episode], advantage: Advantage) -> None:
     """Write `Episode.advantage` where it is None."""
-    unscored = [episode for episode in episodes if episode.advantage is None]
-    if unscored:
-        rewards = torch.tensor([episode.reward for episode in unscored], dtype=torch.float64)
-        groups = torch.tensor([episode.group for episode in unscored])
-        for episode, value in zip(unscored, advantage(rewards, groups).tolist(), strict=True):
-            episode.advantage = value
+    pending = [episode for episode in episodes if episode.advantage is None]
+    # Called without episodes, too, because it may gather over ranks.
+    rewards = torch.tensor([episode.reward for episode in pending], dtype=torch.float64)
+    groups = torch.tensor([episode.group for episode in pending], dtype=torch.int64)
+    for episode, value in zip(pending, advantage(rewards, groups).tolist(), strict=True):
+        episode.advantage = value
 
 
 def _concatenate(episodes: Sequence[Episode], column: Callable[[TrainingSample], Sequence[float]]) -> Tensor:

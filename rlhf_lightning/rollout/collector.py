@@ -24,15 +24,15 @@ from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.rollout.statistics import Sums, statistics, zero_variance_groups
 from rlhf_lightning.types import Answer, Episode, TrainingSample
 
-SampleScorer = Callable[[Tensor, Tensor], Tensor]
-"""Computes one value per token, `[B, T]`, from `input_ids` and `loss_mask`, both `[B, T]`."""
+TokenFunction = Callable[[Tensor, Tensor], Tensor]
+"""Computes a number for each token, `[B, T]`, from `input_ids` and `loss_mask`, both `[B, T]`."""
 CHUNK = 256
-"""Number of training samples that are scored at once."""
+"""Number of training samples that a token function computes at once."""
 
 
 @dataclass(frozen=True)
-class SampleScorers:
-    """Functions that score the training samples of a round with the weights at its start.
+class TokenFunctions:
+    """Functions of the tokens of a round's training samples, called with the weights at its start.
 
     Each fills the field of `TrainingSample` that has its name. With None, the field stays empty.
 
@@ -44,12 +44,12 @@ class SampleScorers:
         values: The critic's values, in reward units.
 
     Example:
-        >>> scorers = SampleScorers(values=lambda input_ids, loss_mask: torch.zeros(input_ids.shape))
+        >>> functions = TokenFunctions(values=lambda input_ids, loss_mask: torch.zeros(input_ids.shape))
     """
 
-    reference_logprobs: SampleScorer | None = None
-    recomputed_logprobs: SampleScorer | None = None
-    values: SampleScorer | None = None
+    reference_logprobs: TokenFunction | None = None
+    recomputed_logprobs: TokenFunction | None = None
+    values: TokenFunction | None = None
 
 
 class RolloutCollector:
@@ -64,16 +64,16 @@ class RolloutCollector:
         terms: Terms of the reward, to be weighted and added.
         advantage: Turns rewards into advantages.
         seed: Seed of all sampled tokens.
-        kl: The KL penalty; its coefficient may adapt between rounds.
-        reference: The reference of the KL penalty; refreshed between rounds if `kl.refresh_every` is set.
-        scorers: Functions that score the training samples.
+        kl_controller: The KL penalty with its current coefficient, which may adapt between rounds.
+        reference: The reference of the KL penalty; refreshed between rounds if `KLPenalty.refresh_every` is set.
+        token_functions: Fill fields of the training samples, such as the reference's log-probabilities.
         environment: Creates the environment of an episode; see `PolicyRLModule`.
         limits: Limits of an episode.
-        truncated_reward: Replaces the reward of a truncated response.
-        mask_truncated: True to leave truncated responses out of the loss.
-        resample_groups: Maximum number of times that a group with equal rewards is sampled again.
-        sequence_level: True if the objective treats a response as one action; see `PolicyObjective`.
-        context: Context manager in which models run, the same as in training.
+        truncated_reward: Replaces the reward of an episode whose last response was truncated.
+        mask_truncated: True to leave such episodes out of the loss.
+        resample_groups: Maximum number of times that a zero-variance group is sampled again.
+        sequence_level: True if the objective treats a sequence as one action; see `PolicyObjective`.
+        sampling_context: Context manager in which models run, the same as in training.
 
     Example:
         >>> collector = RolloutCollector(sampler, renderer, terms, GroupCentered(), seed=0)  # doctest: +SKIP
@@ -87,27 +87,29 @@ class RolloutCollector:
         terms: Sequence[RewardTerm],
         advantage: Advantage,
         seed: int,
-        kl: KLController | None = None,
+        kl_controller: KLController | None = None,
         reference: Reference | None = None,
-        scorers: SampleScorers | None = None,
+        token_functions: TokenFunctions | None = None,
         environment: EnvironmentFactory | None = None,
         limits: Limits | None = None,
         truncated_reward: float | None = None,
         mask_truncated: bool = False,
         resample_groups: int = 0,
         sequence_level: bool = False,
-        context: Callable[[], AbstractContextManager[None]] = nullcontext,
+        sampling_context: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.sampler, self.renderer, self.terms, self.advantage = sampler, renderer, terms, advantage
-        self.seed, self.kl, self.reference, self.scorers = seed, kl, reference, scorers or SampleScorers()
+        self.seed, self.kl_controller, self.reference = seed, kl_controller, reference
+        self.token_functions = token_functions or TokenFunctions()
         self.environment, self.limits = environment, limits or Limits()
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
         self.resample_groups, self.sequence_level = resample_groups, sequence_level
-        self.context = context
+        self.sampling_context = sampling_context
         self.resampled = 0
         """Number of times that a group of the last round was sampled again."""
         self.started = 0
-        """Number of rounds started. Round indices, which are part of seeds, may skip numbers."""
+        """Number of rounds started. Round indices, which are part of seeds, may skip numbers, because
+        `limit_train_batches` can end an epoch before its last round."""
         self.episodes: list[Episode] = []
         """Episodes of the last round, on this rank."""
 
@@ -128,7 +130,7 @@ class RolloutCollector:
             The training samples of this rank, and each statistic of the round as sum and count.
         """
         self._begin_round()
-        with torch.no_grad(), self.context():
+        with torch.no_grad(), self.sampling_context():
             self.episodes = self._sample(prompts, round_index, group_size, producer)
             samples = self.training_samples(self.episodes)
         sums = self._statistics(samples)
@@ -147,7 +149,7 @@ class RolloutCollector:
             See `collect`.
         """
         self._begin_round()
-        with torch.no_grad(), self.context():
+        with torch.no_grad(), self.sampling_context():
             self.episodes = [recorded.episode(group[0].index) for group in groups for recorded in group]
             samples = self.training_samples(self.episodes)
         return samples, self._statistics(samples)
@@ -155,22 +157,23 @@ class RolloutCollector:
     @torch.no_grad()
     def _begin_round(self) -> None:
         """Adapt the KL coefficient to the last round's KL (see `observe`), and refresh a moving reference when due."""
-        if self.kl is not None and self.reference is not None:
-            self.kl.adapt()
-            every = self.kl.penalty.refresh_every
+        if self.kl_controller is not None and self.reference is not None:
+            self.kl_controller.adapt()
+            every = self.kl_controller.penalty.refresh_every
             if every and self.started and self.started % every == 0:
                 self.reference.refresh()
         self.started += 1
 
     def _statistics(self, samples: list[TrainingSample]) -> Sums:
         """Sum and count of each statistic on this rank; the loader divides them after adding those of all ranks."""
-        sums = statistics(self.episodes, kl=self.scorers.reference_logprobs is not None)
+        sums = statistics(self.episodes, kl=self.token_functions.reference_logprobs is not None)
         if self.resample_groups:
-            # A mean per group. The count, of groups with more than one episode, is that of zero_variance_groups.
+            # How often a group was sampled again, on average: divided by the same number of groups, those of several
+            # episodes, as the statistic zero_variance_groups.
             sums["resampled_groups"] = (float(self.resampled), sums["zero_variance_groups"][1])
         # These are numbers of all ranks, equal on each rank, so that their mean over ranks is the number itself.
-        if self.kl is not None:
-            sums["kl_coefficient"] = (self.kl.penalty.coefficient, 1)
+        if self.kl_controller is not None:
+            sums["kl_coefficient"] = (self.kl_controller.penalty.coefficient, 1)
         if self.advantage.needs_values:
             sums["explained_variance"] = (critic_explained_variance(samples), 1)
         return sums
@@ -196,9 +199,10 @@ class RolloutCollector:
     def _resample(
         self, episodes: list[Episode], prompts: Sequence[Prompt], round_index: int, group_size: int
     ) -> list[Episode]:
-        """Sample groups with equal rewards again, at most `resample_groups` times, with the current weights.
+        """Sample zero-variance groups again, at most `resample_groups` times, with the current weights.
 
-        They contribute no gradient. DAPO (arXiv 2503.14476 sec. 3.2) does the same with other prompts.
+        Relative to their group, equal rewards say nothing. DAPO (arXiv 2503.14476 sec. 3.2) does the same with other
+        prompts.
         """
         for attempt in range(1, self.resample_groups + 1):
             zero_variance = zero_variance_groups(episodes)
@@ -224,8 +228,8 @@ class RolloutCollector:
         Args:
             episodes: Episodes of this rank.
             running_normalization: What rewards with running normalization do: `update` their statistics with these
-                scores (all ranks must then call this together, even without episodes), `use` them unchanged, or `off`
-                for raw scores.
+                rewards (all ranks must then call this together, even without episodes), `use` them unchanged, or `off`
+                for rewards without normalization.
         """
         total_rewards(episodes, self.terms, self.truncated_reward, running_normalization)
         for episode in episodes:
@@ -254,45 +258,48 @@ class RolloutCollector:
         return episodes
 
     def training_samples(self, episodes: Sequence[Episode]) -> list[TrainingSample]:
-        """Score episodes, compute advantages, and return the samples to train on. All ranks must call this together."""
-        self.score(episodes, self.scorers)
+        """Complete the training samples of rewarded episodes, and return those to train on.
+
+        Computes the fields of `token_functions` and the advantages. All ranks must call this together.
+        """
+        self.fill(episodes, self.token_functions)
         completed = [episode for episode in episodes if not episode.failed]
-        penalty = None if self.kl is None else self.kl.penalty
+        penalty = None if self.kl_controller is None else self.kl_controller.penalty
         compute_token_advantages(completed, self.advantage, penalty, self.sequence_level)
         for episode in episodes:
             for sample in episode.training_samples:
                 sample.group = episode.group
         return _with_actions([episode for episode in episodes if not episode.masked])
 
-    def score(self, episodes: Sequence[Episode], scorers: SampleScorers) -> None:
-        """Fill the fields of the training samples that the scorers compute. All ranks must call this together.
+    def fill(self, episodes: Sequence[Episode], functions: TokenFunctions) -> None:
+        """Fill the fields of the training samples that the functions compute. All ranks must call this together.
 
         Args:
             episodes: Episodes of this rank.
-            scorers: The scorers; a field without a scorer is not changed.
+            functions: The functions; a field without one is not changed.
         """
         samples = _with_actions(episodes)
-        if scorers.reference_logprobs is not None:
-            for sample, values in self._scored(samples, scorers.reference_logprobs):
-                sample.reference_logprobs = values
-        if scorers.recomputed_logprobs is not None:
-            for sample, values in self._scored(samples, scorers.recomputed_logprobs):
-                sample.recomputed_logprobs = values
-        if scorers.values is not None:
-            for sample, values in self._scored(samples, scorers.values):
-                sample.values = values
+        if functions.reference_logprobs is not None:
+            for sample, numbers in self._computed(samples, functions.reference_logprobs):
+                sample.reference_logprobs = numbers
+        if functions.recomputed_logprobs is not None:
+            for sample, numbers in self._computed(samples, functions.recomputed_logprobs):
+                sample.recomputed_logprobs = numbers
+        if functions.values is not None:
+            for sample, numbers in self._computed(samples, functions.values):
+                sample.values = numbers
 
-    def _scored(
-        self, samples: Sequence[TrainingSample], scorer: SampleScorer
+    def _computed(
+        self, samples: Sequence[TrainingSample], function: TokenFunction
     ) -> Iterator[tuple[TrainingSample, list[float]]]:
-        """Each sample, in order, with the scorer's value of each token."""
+        """Each sample, in order, with what the function computes for its tokens."""
         device = next(self.sampler.model.parameters()).device
         ids, masks = [sample.ids for sample in samples], [sample.loss_mask for sample in samples]
-        # Every rank gets equally many batches, since a scorer may be collective. An empty one has no indices but a
+        # Every rank gets equally many batches, since a function may be collective. An empty one has no indices but a
         # dummy row, hence not strict.
         for indices, tokens in padded_batches(ids, masks, CHUNK, device, range(len(samples)), even=True):
-            values = scorer(tokens["input_ids"], tokens["loss_mask"]).float().tolist()
-            for i, row in zip(indices, values, strict=bool(indices)):
+            numbers = function(tokens["input_ids"], tokens["loss_mask"]).float().tolist()
+            for i, row in zip(indices, numbers, strict=bool(indices)):
                 yield samples[i], row[: len(ids[i])]
 
     # -- between rounds -------------------------------------------------------------------------------------------
@@ -305,8 +312,8 @@ class RolloutCollector:
         Args:
             round_means: Means of the round's statistics, over all ranks.
         """
-        if self.kl is not None and "kl" in round_means:
-            self.kl.observe(round_means["kl"], round(round_means["episodes"]))
+        if self.kl_controller is not None and "kl" in round_means:
+            self.kl_controller.observe(round_means["kl"], round(round_means["episodes"]))
 
     @property
     def counters(self) -> "RoundCounters":
@@ -315,17 +322,17 @@ class RolloutCollector:
         If a signal interrupts `collect`, `checkpointing.last_step.LastStep` sets it back to its values before the
         round. A refreshed reference is not set back: the resumed run refreshes it again, from the same weights.
         """
-        return {"started": self.started, "kl": self.kl.state_dict() if self.kl else None}
+        return {"started": self.started, "kl": self.kl_controller.state_dict() if self.kl_controller else None}
 
     @counters.setter
     def counters(self, counters: "RoundCounters") -> None:
         self.started = counters["started"]
-        if self.kl is not None and counters["kl"] is not None:
-            self.kl.load_state_dict(counters["kl"])
+        if self.kl_controller is not None and counters["kl"] is not None:
+            self.kl_controller.load_state_dict(counters["kl"])
 
     def state_dict(self) -> "CollectorState":
         """State of the KL controller and of a moving reference."""
-        moves = self.kl is not None and self.kl.penalty.refresh_every is not None
+        moves = self.kl_controller is not None and self.kl_controller.penalty.refresh_every is not None
         return {
             **self.counters,
             "reference": self.reference.weights() if moves and self.reference is not None else None,
