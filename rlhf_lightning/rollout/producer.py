@@ -200,8 +200,9 @@ class _Thread:
     ) -> None:
         self.producer = producer
         self.changed = threading.Condition()
-        kept = restored["rounds"][rank] if restored else []
-        self.finished = {one.index: one for one in (_from_plain(value) for value in kept)}
+        kept = [_from_plain(value) for value in restored["rounds"][rank]] if restored else []
+        # The run before the interruption may have had a larger maximum.
+        self.finished = {one.index: one for one in kept if self._may_sample(one.index, one.version)}
         self.waiting = deque((index, prompts) for index, prompts in rounds if index not in self.finished)
         self.sampling: int | None = None
         """Index of the round that is being sampled."""
@@ -213,9 +214,10 @@ class _Thread:
         """Version and copy of weights that are to be loaded before the next round."""
         self.keeps = False
         """True if the next round must be sampled with the weights in the copy, as before an interruption."""
-        if restored and restored["weights"] is not None:
+        if restored and restored["weights"] is not None and restored["version"] is not None and self.waiting:
             producer.copy.load(restored["weights"])
-            self.version, self.keeps = restored["version"], True
+            self.version = restored["version"]
+            self.keeps = self._may_sample(self.waiting[0][0], self.version)
         self.is_paused = self.is_stopped = False
         self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, daemon=True, name="rollouts")

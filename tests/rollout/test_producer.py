@@ -278,6 +278,35 @@ def test_checkpoint_without_rounds_ahead_resumes(base: str, tmp_path: Path) -> N
         assert sorted((first.prompts + second.prompts).values()) == [1] * 5
 
 
+def test_run_with_a_smaller_maximum_samples_older_rounds_again(base: str, tmp_path: Path) -> None:
+    trained = threading.Event()
+
+    class Blocks(ExternalEngine):
+        def wait(self, version: int) -> None:
+            if len(self.calls) == 4:
+                assert trained.wait(SECONDS)  # so that it is under way when the first checkpoint is written
+
+    def act(index: int) -> None:
+        while index == 0 and len(engine.calls) < 4:
+            threading.Event().wait(0.01)
+        if index:
+            trained.set()
+
+    engine = Blocks()
+    first, second = Trained(act), Trained()
+    callbacks = [first, RunCheckpoints(every=1, keep=9)]
+    # The second round is ready, so that its step does not wait for the fourth.
+    training(tmp_path, callbacks=callbacks, enable_checkpointing=True).fit(policy(base, 3, engine), rows(6))
+    path = tmp_path / "checkpoints" / "step=1.ckpt"
+    ahead = torch.load(path, weights_only=True)["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["ahead"]
+    assert [(one["index"], one["version"]) for one in ahead["rounds"][0]] == [(1, 0), (2, 0)]
+    assert ahead["weights"] is not None
+    run = training(tmp_path, callbacks=[second, RunCheckpoints(every=0)], enable_checkpointing=True)
+    run.fit(policy(base, 1, ExternalEngine()), rows(6), ckpt_path=str(path))
+    assert second.rounds == [1, 2, 3, 4, 5]
+    assert [age for age, _ in second.ages] == [1] * 5
+
+
 # -- failures ---------------------------------------------------------------------------------------------------------
 
 
