@@ -177,11 +177,14 @@ def test_slow_sampling_uses_the_newest_weights(base: str, tmp_path: Path) -> Non
 
     class Slow(ExternalEngine):
         def wait(self, version: int) -> None:
-            threading.Event().wait(0.1)
+            # Until the main thread waits for this round.
+            while module.producer._thread.at_rest != len(self.calls) - 1:
+                threading.Event().wait(0.005)
 
     engine = Slow()
     watch = Trained()
-    training(tmp_path, callbacks=[watch]).fit(policy(base, 3, engine), rows(5))
+    module: Any = policy(base, 3, engine)
+    training(tmp_path, callbacks=[watch]).fit(module, rows(5))
     assert [age for age, _ in watch.ages] == [0, 1, 1, 1, 1]
     for _, version, weight in engine.calls:
         assert weight == watch.weights[version]
@@ -233,10 +236,13 @@ def test_each_prompt_is_trained_once_through_an_interruption(
             while len(engine.calls) < 4:
                 threading.Event().wait(0.01)
             os.kill(os.getpid(), signal.SIGTERM)
-            threading.Timer(0.3, stop.set).start()
+
+    class Interrupted(Trained):
+        def on_exception(self, *_: Any) -> None:  # the checkpoint is written
+            stop.set()
 
     engine = Blocks()
-    first, second = Trained(act), Trained()
+    first, second = Interrupted(act), Trained()
     run = training(tmp_path, callbacks=[first, RunCheckpoints(every=0)], enable_checkpointing=True)
     with pytest.raises(SystemExit):
         run.fit(policy(base, most, engine), rows(8))
