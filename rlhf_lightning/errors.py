@@ -15,6 +15,10 @@ class DataError(UserError):
     """A data file or row is unusable; the message names the file and line."""
 
 
+class SyncError(UserError):
+    """A sampling engine does not hold the policy's weights; the message says how that was noticed."""
+
+
 def quoted(names: Iterable[str], none: str = "nothing") -> str:
     """Names for a message, each in quotes; `none` if there are no names."""
     return ", ".join(map(repr, names)) or none

@@ -12,10 +12,12 @@ from torch import Tensor
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import run_on_leader
 from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.generation.canary import Canary, ScoringEngine
 from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.models.generation import end_token_ids, stop_texts
-from rlhf_lightning.models.lora import base_of, named_weights
+from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import Completion, Tokenizer
 
@@ -30,7 +32,8 @@ class Engine(Protocol):
     """Samples responses: the built-in `LocalEngine`, or an external engine with its own copy of the weights.
 
     An engine that cannot follow every setting also has a method `check(params)`, which raises `ConfigError` for those
-    that it cannot follow; it is called when the run is set up. `docs/engines.md` lists what is expected of an engine.
+    that it cannot follow; it is called when the run is set up. An engine that can score given tokens (`ScoringEngine`)
+    is compared with the trainer after each sync. `docs/engines.md` lists what is expected of an engine.
 
     Example:
         ```python
@@ -68,9 +71,43 @@ class Engine(Protocol):
 
         Args:
             named_tensors: Weights by their Hugging Face names, with adapters merged. Copy them, because training
-                changes them.
+                changes them. It is a `PolicyWeights`, from which an engine can also take the adapter alone.
             version: Index of the round; before validation, test and prediction, the optimizer step. Not unique.
         """
+
+
+class EngineSettings(Settings):
+    """Settings from which `build` makes an engine once the policy is loaded; `sampler.engine` may be either.
+
+    Example:
+        ```python
+        class Server(EngineSettings):
+            def __init__(self, url: str) -> None:
+                self.url = url
+
+            def build(self, model):
+                return ServerEngine(self.url)
+        ```
+    """
+
+    @property
+    def low_precision(self) -> bool:
+        """True if the engine's log-probabilities differ from the trainer's by more than the rounding of float32.
+
+        Policy RL then corrects them with importance weights by default.
+        """
+        return False
+
+    def build(self, model: "PreTrainedModel | PeftModel") -> Engine:
+        """Create the engine of a policy.
+
+        Args:
+            model: The policy.
+
+        Raises:
+            ConfigError: If the engine cannot hold its weights.
+        """
+        raise NotImplementedError
 
 
 class Sampler(Settings):
@@ -89,7 +126,7 @@ class Sampler(Settings):
         min_tokens: No response ends before this many tokens; biases ratios likewise. Rewards and environments see the
             text before the first stop text, even if it came too early to end the response.
         batch_rows: Number of rows decoded side by side.
-        engine: An `Engine` that replaces the built-in one.
+        engine: An `Engine` that replaces the built-in one, or `EngineSettings`.
         cuda_graphs: On a GPU, replay decoding steps as CUDA graphs.
         stop: Texts that end a response as soon as they are complete. Their tokens are trained on; rewards and
             environments see the text before them. By default the stop texts that the model was trained with, from its
@@ -116,14 +153,15 @@ class Sampler(Settings):
         min_p: float = 0.0,
         min_tokens: int = 0,
         batch_rows: int = 256,
-        engine: Engine | None = None,
+        engine: Engine | EngineSettings | None = None,
         cuda_graphs: bool = False,
         stop: Sequence[str] | None = None,
         gather: bool | None = None,
     ) -> None:
         self.params = SamplingParams(max_tokens, min_tokens, temperature, top_p, top_k, min_p)
         check_whole("sampler.batch_rows", batch_rows)
-        if engine is not None and not (hasattr(engine, "generate") and hasattr(engine, "sync")):
+        complete = hasattr(engine, "generate") and hasattr(engine, "sync")
+        if engine is not None and not (complete or isinstance(engine, EngineSettings)):
             raise ConfigError(
                 f"sampler.engine is {engine!r}; it must be an object with generate and sync, for example "
                 "class_path: rlhf_lightning.generation.vllm_engine.VLLMEngine"
@@ -132,6 +170,7 @@ class Sampler(Settings):
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
             raise ConfigError(f"sampler.stop is {stop!r}; it must be a list of texts, none of them empty")
         self.stop = None if stop is None else tuple(stop)
+        self._built: Engine | None = None
 
     @property
     def max_tokens(self) -> int:
@@ -142,6 +181,14 @@ class Sampler(Settings):
     def temperature(self) -> float:
         """Temperature of the softmax."""
         return self.params.temperature
+
+    def _build_engine(self, engine: Engine | EngineSettings, model: "PreTrainedModel | PeftModel") -> Engine:
+        """The engine; settings build it once, so that all samplers of this object share it."""
+        if not isinstance(engine, EngineSettings):
+            return engine
+        if self._built is None:
+            self._built = engine.build(model)
+        return self._built
 
     def warn_of_bias(self) -> None:
         """Warn if settings exclude tokens from sampling, so that importance ratios are biased."""
@@ -205,20 +252,31 @@ class ModelSampler:
             stop_strings=(*renderer.stop_strings, *self.stop),
         )
         self.engine: LocalEngine | LeaderEngine
+        config = base_of(model).config.get_text_config()
+        self.context: int | None = getattr(config, "max_position_embeddings", None)
         if sampler.engine is not None:
-            self.engine = LeaderEngine(sampler.engine)
+            own = sampler._build_engine(sampler.engine, model)
+            canary = Canary(own, model, self.context, max_tokens) if isinstance(own, ScoringEngine) else None
+            self.engine = LeaderEngine(own, canary)
             self.engine.check(self.params)
         else:
             decode = renderer.tokenizer.decode
             self.engine = LocalEngine(
                 model, decode, sampler.batch_rows, sampler.cuda_graphs, max_tokens, sampler.gather
             )
-        config = base_of(model).config.get_text_config()
-        self.context: int | None = getattr(config, "max_position_embeddings", None)
 
     def sync(self, version: int) -> None:
-        """Pass the policy's weights to an engine with its own copy; for `version`, see `Engine.sync`."""
-        self.engine.sync(named_weights(self.model), version)
+        """Pass the policy's weights to an engine with its own copy, and check that it holds them.
+
+        All ranks must call this together, in the precision of training.
+
+        Args:
+            version: See `Engine.sync`.
+
+        Raises:
+            SyncError: If the engine does not hold them; see `Canary`.
+        """
+        self.engine.sync(PolicyWeights(self.model), version)
 
     def generate(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], temperature: float | None = None
@@ -238,10 +296,11 @@ class LeaderEngine:
 
     Args:
         engine: The engine.
+        canary: Compares it with the trainer after each sync; None if it cannot score tokens.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, canary: Canary | None = None) -> None:
+        self.engine, self.canary = engine, canary
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
@@ -260,8 +319,10 @@ class LeaderEngine:
             self.engine.check(params)
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `Engine.sync`."""
+        """See `Engine.sync`. Raises `SyncError` if the engine does not hold these weights afterwards."""
         self.engine.sync(named_tensors, version)
+        if self.canary is not None:
+            self.canary.check(version)
 
     def session(self) -> AbstractContextManager[None]:
         """See `LocalEngine.session`. An external engine needs no preparation."""

@@ -4,9 +4,10 @@ import copy
 import math
 import re
 from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -165,6 +166,18 @@ def is_adapted(model: nn.Module) -> "TypeGuard[PeftModel]":
     return hasattr(model, "get_base_model")
 
 
+@contextmanager
+def adapter_disabled(model: "PeftModel") -> Iterator[None]:
+    """Context manager in which the model runs without its adapters."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    with model.disable_adapter():
+        yield
+    # peft changes `requires_grad` when it enables adapters.
+    model.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
 def is_quantized(model: nn.Module) -> bool:
     """True if linear layers of the model are in 4 bits."""
     return bool(getattr(base_of(model), "is_loaded_in_4bit", False))
@@ -179,10 +192,14 @@ def _dequantized(parameter: nn.Parameter) -> Tensor:
     return dequantize_bnb_weight(parameter).detach()
 
 
-def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Iterate over the weights by their Hugging Face names, with adapters merged.
+def named_weights(model: nn.Module, merged: bool = True) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the weights by their Hugging Face names.
 
     Sharded weights are gathered one at a time; all ranks must iterate.
+
+    Args:
+        model: The model.
+        merged: True to merge adapters, False to leave them out.
     """
     base, adapters = base_of(model), getattr(model, "peft_config", {})
     modules = dict(base.named_modules())
@@ -190,7 +207,7 @@ def named_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, parameter in base.named_parameters(remove_duplicate=False):
         if of_adapter(name, adapters):
             continue
-        value = _trained(modules, name, parameter)
+        value = _trained(modules, name, parameter) if merged else None
         if value is None:
             # A tied head is yielded once, with the embeddings, unless one of them is adapted.
             if id(parameter) in seen:
@@ -225,6 +242,71 @@ def _trained(modules: dict[str, nn.Module], name: str, parameter: nn.Parameter) 
     for one in own:
         value = value + one.get_delta_weight("default").detach().to(value.dtype)
     return value
+
+
+class LoRAFactors(NamedTuple):
+    """An adapter of one layer: its update of the weight is `b @ a`.
+
+    Attributes:
+        a: `[rank, inputs]`.
+        b: `[outputs, rank]`, multiplied by the adapter's scale.
+
+    Example:
+        >>> update = LoRAFactors(torch.ones(2, 3), torch.ones(4, 2))
+        >>> (update.b @ update.a).shape
+        torch.Size([4, 3])
+    """
+
+    a: Tensor
+    b: Tensor
+
+
+def lora_factors(model: nn.Module) -> Iterator[tuple[str, LoRAFactors]]:
+    """Iterate over the adapter of each layer that has one, by the layer's Hugging Face name.
+
+    Sharded weights are gathered one at a time; all ranks must iterate.
+    """
+    for name, module in base_of(model).named_modules():
+        if "default" in getattr(module, "lora_A", ()):
+            layer: LoraLayer = module
+            pair = [getattr(layer, part)["default"].weight.detach() for part in ("lora_A", "lora_B")]
+            a, b = (value.full_tensor() if hasattr(value, "full_tensor") else value for value in pair)
+            yield name, LoRAFactors(a, b * layer.scaling["default"])
+
+
+_NOT_FACTORS = {
+    "lora_magnitude_vector": "DoRA",
+    "lora_embedding_A": "adapters of embeddings",
+    "lora_embedding_B": "adapters of embeddings",
+    "modules_to_save": "fully trained modules",
+    "trainable_tokens_delta": "trained tokens",
+    "trainable_tokens_original": "trained tokens",
+}
+
+
+def lora_obstacles(model: nn.Module) -> list[str]:
+    """What the base weights with `lora_factors` leave out of a policy, in words; empty if they give the policy.
+
+    Args:
+        model: The policy.
+    """
+    if not is_adapted(model):
+        return ["no adapter"]
+    found = set()
+    modules = dict(base_of(model).named_modules())
+    for name, parameter in base_of(model).named_parameters():
+        parts = name.split(".")
+        if not of_adapter(name, model.peft_config):
+            if parameter.requires_grad:
+                found.add("trained weights of the base")
+        elif "default" in parts:
+            layer = modules.get(".".join(parts[:-3]))
+            plain_factor = parts[-3:] in (["lora_A", "default", "weight"], ["lora_B", "default", "weight"])
+            if plain_factor and getattr(layer, "parameter_name", "weight") == "weight":
+                continue
+            known = [words for part, words in _NOT_FACTORS.items() if part in parts]
+            found.add(known[0] if known else f"adapters of another kind ({name})")
+    return sorted(found)
 
 
 def of_adapter(name: str, adapters: Container[str]) -> bool:

@@ -15,7 +15,7 @@ from rlhf_lightning.data.batching import run_seed
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, PromptDataModule, kept_prompts
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
-from rlhf_lightning.generation.sampler import ModelSampler, Sampler
+from rlhf_lightning.generation.sampler import EngineSettings, ModelSampler, Sampler
 from rlhf_lightning.models.critic import Critic, ValueModel
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.memory import trained
@@ -103,12 +103,12 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         mask_truncated: Do not train on a response that ran out of tokens. Its reward still counts in its group's mean.
         entropy_coefficient: Weight of the mean entropy (nats per token), which is added to the maximized objective.
         importance_weights: Correct for a sampler whose distribution differs from the trainer's (older weights, another
-            engine or precision); none by default. The trainer then recomputes the log-probabilities at the start of
-            each round, and each token's loss is multiplied by exp(recomputed - sampling log-probability), within
-            bounds.
+            engine or precision). The trainer then recomputes the log-probabilities at the start of each round, and each
+            token's loss is multiplied by exp(recomputed - sampling log-probability), within bounds. True for the
+            defaults (per token, truncated at 2), False for none. By default True with `max_staleness`, or with an
+            engine that differs from the trainer by more than the rounding of float32 (vLLM in bfloat16), else False.
         max_staleness: Number of rounds that a thread samples ahead while the policy trains; 0 (the default) samples
-            each round before it is trained on. Above 0, `importance_weights` are used, by default per token, truncated
-            at 2.
+            each round before it is trained on. Above 0, `importance_weights` are required.
         resample_groups: Number of times that a group with equal rewards is sampled again; 0 by default.
         recipe: Name of an algorithm that sets objective, advantage, kl, critic and resample_groups unless they are
             given: `dapo`, `dr_grpo`, `grpo`, `gspo`, `mint`, `ppo`, `reinforce_pp` or `rloo`. The constructor of the
@@ -142,7 +142,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         mask_truncated: bool = False,
         critic: Critic | None = None,
         entropy_coefficient: float = 0.0,
-        importance_weights: ImportanceWeights | None = None,
+        importance_weights: ImportanceWeights | bool | None = None,
         max_staleness: int = 0,
         resample_groups: int | None = None,
         recipe: str | None = None,
@@ -170,9 +170,9 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         self.limits = limits or Limits()
         self.truncated_reward, self.mask_truncated = truncated_reward, mask_truncated
         self.entropy_coefficient, self.resample_groups = entropy_coefficient, resample_groups or 0
-        check_staleness(max_staleness, self.objective, importance_weights is not None)
+        check_staleness(max_staleness, self.objective, bool(importance_weights))
         self.max_staleness = max_staleness
-        self.importance_weights = importance_weights or (ImportanceWeights() if max_staleness else None)
+        self.importance_weights = _importance_weights(importance_weights, max_staleness, self.sampler)
         self.producer: RolloutProducer | None = None
         """Samples rounds ahead of training; None if `max_staleness` is 0, or before training."""
         check_algorithm(self.objective, self.advantage, self.kl, self.critic)
@@ -715,7 +715,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
 
     def _sync_engine(self) -> None:
         # An engine with its own copy of the weights still has those from the start of the last round.
-        self.model_sampler.sync(self.global_step)
+        with self.sampling_context():
+            self.model_sampler.sync(self.global_step)
 
     # Lightning calls these after WeightAveraging has put the averaged weights in place, which are then sampled from.
     on_test_epoch_start = on_predict_epoch_start = _sync_engine
@@ -767,3 +768,19 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         """Restore the collector's state in addition to the trained weights."""
         super().on_load_checkpoint(checkpoint)
         self.collector.load_state_dict(checkpoint["collector"])
+
+
+def _importance_weights(
+    given: ImportanceWeights | bool | None, max_staleness: int, sampler: Sampler
+) -> ImportanceWeights | None:
+    """The importance weights of a run, from its settings."""
+    if isinstance(given, ImportanceWeights):
+        return given
+    if given is None:
+        given = bool(max_staleness) or (isinstance(sampler.engine, EngineSettings) and sampler.engine.low_precision)
+    elif not given and max_staleness:
+        raise ConfigError(
+            f"model.importance_weights is false, but with model.max_staleness: {max_staleness} older policies sample, "
+            "which importance weights correct; leave one of the two out"
+        )
+    return ImportanceWeights() if given else None

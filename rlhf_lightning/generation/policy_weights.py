@@ -1,0 +1,45 @@
+"""The policy's weights as an engine receives them: with adapters merged, or the base and the adapter apart."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+from rlhf_lightning.models.lora import LoRAFactors, lora_factors, lora_obstacles, named_weights
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+class PolicyWeights:
+    """The weights of a policy by their Hugging Face names. Iterating yields all of them, with adapters merged.
+
+    Sharded weights are gathered one at a time, so all ranks must iterate over all of them. Tensors may share memory
+    with the model: copy them, because training changes them.
+
+    Args:
+        model: The policy.
+
+    Example:
+        >>> dict(PolicyWeights(model)).keys()  # doctest: +SKIP
+        dict_keys(['model.embed_tokens.weight', …])
+    """
+
+    def __init__(self, model: "PreTrainedModel | PeftModel | nn.Module") -> None:
+        self.model = model
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return named_weights(self.model)
+
+    def base(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights below the adapter."""
+        return named_weights(self.model, merged=False)
+
+    def adapter(self) -> Iterator[tuple[str, LoRAFactors]]:
+        """The factors of the adapter by the names of their layers; see `lora_factors`."""
+        return lora_factors(self.model)
+
+    def obstacles(self) -> list[str]:
+        """Why base and adapter do not give the policy; see `lora_obstacles`."""
+        return lora_obstacles(self.model)
