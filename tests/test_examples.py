@@ -14,6 +14,7 @@ from examples import (
     objectives,
     own_module,
     plain_loop,
+    reasoning_tasks,
     reward_model,
     reward_model_elsewhere,
     rewards,
@@ -23,6 +24,7 @@ from examples import (
 )
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.data.reasoning_gym import is_installed
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.models.scorers import LoadedModel
@@ -70,6 +72,15 @@ def test_environments(base: str, tmp_path: Path) -> None:
     assert played.step({"content": "I say 3"}).next_messages == [{"role": "user", "content": "Higher."}]
     last = played.step({"content": "7"})
     assert (last.reward, last.done) == (0.5, True)
+
+
+@pytest.mark.skipif(not is_installed(), reason="the package reasoning-gym is not installed (extra reasoning-gym)")
+def test_reasoning_gym(base: str, tmp_path: Path) -> None:
+    module = reasoning_tasks.main(base, str(tmp_path))
+    assert module.trainer.global_step == 1
+    assert len(module.last_episodes) == 8
+    assert all(episode.terms == {"ReasoningGymReward": 0.0} for episode in module.last_episodes)  # it only babbles
+    assert "train/reward_ReasoningGymReward_failed" in module.trainer.callback_metrics
 
 
 def test_engine(base: str, tmp_path: Path) -> None:

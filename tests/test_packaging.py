@@ -30,7 +30,7 @@ def test_documented_extras_exist() -> None:
     assert {"dev", "benchmark", "cuda", "vllm", "tensorboard", "wandb", "docs"} <= extras.keys()
     pages = "".join(path.read_text() for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
     # What a page or a message tells to install is an extra.
-    assert {*re.findall(r"rlhf-lightning\[(\w+)\]", pages), *EXTRAS} <= extras.keys()
+    assert {*re.findall(r"rlhf-lightning\[([\w-]+)\]", pages), *EXTRAS} <= extras.keys()
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from rlhf_lightning.data.names import check_there
+from rlhf_lightning.data.reasoning_gym import is_task
 from rlhf_lightning.data.records import Source, fingerprint, hashed_files
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
@@ -58,7 +59,7 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
         before[name] = {"hash": digest, "files": files}
     now = {name: _facts(source, before.get(name)) for name in SOURCES if (source := sources.get(name)) is not None}
     for name, facts in now.items():
-        if facts["files"] or not isinstance(sources[name], str):
+        if facts["files"] or not isinstance(source := sources[name], str) or is_task(source):
             if name in before and before[name]["hash"] is not None and before[name]["hash"] != facts["hash"]:
                 raise ConfigError(
                     f"data.{name} {sources[name]} has changed since the run in {root} began. Restore it, choose "
@@ -77,5 +78,5 @@ def _facts(source: Source, before: SourceRecord | None) -> SourceRecord:
     items = source if isinstance(source, list) else [source]
     files = [file for item in items if isinstance(item, str | os.PathLike) for file in hashed_files(item)]
     stats: dict[str, JSON] = {str(file): [(facts := file.stat()).st_size, facts.st_mtime_ns] for file in files}
-    known = before is not None and before["files"] == stats
+    known = before is not None and bool(stats) and before["files"] == stats
     return {"hash": before["hash"] if known and before else fingerprint(source), "files": stats}

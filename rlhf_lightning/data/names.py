@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_lightning.data.containers import Container, library
 from rlhf_lightning.data.files import SUFFIXES, is_saved_dataset, local_files, place
+from rlhf_lightning.data.reasoning_gym import check_task, is_installed, is_task
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.files import check_files_in
 
@@ -32,7 +33,10 @@ def load_saved(folder: str) -> "datasets.Dataset | datasets.DatasetDict":
 
 
 def check_there(source: str) -> None:
-    """Raise `DataError` unless the path exists, or may be a Hub id."""
+    """Raise `DataError` unless the path exists, is a task of reasoning-gym, or may be a Hub id."""
+    if is_task(source):
+        check_task(source)
+        return
     if "://" in source and not source.startswith("file://"):
         raise DataError(f"{source}: this is a URL; download the file, or give a Hub id like owner/name")
     if local_files(source.partition(":")[0] if is_saved_dataset(place(source).partition(":")[0]) else source) is None:
@@ -42,19 +46,23 @@ def check_there(source: str) -> None:
 
 
 def is_here(source: Container, texts: bool = False) -> bool:
-    """True if a source can be read without the Hub, because all files that it names exist.
+    """True if a source can be read without the Hub, because all files and tasks that it names exist.
 
     Args:
         source: The source.
         texts: If True, strings in a list are rows unless they end like file names.
     """
+    if isinstance(source, str) and is_task(source):
+        return is_installed()
     if isinstance(source, str | os.PathLike):
         saved = is_saved_dataset(place(source).partition(":")[0])
         return saved or os.path.exists(place(source)) or bool(glob.glob(place(source), recursive=True))
     items = source.values() if isinstance(source, Mapping) else source if isinstance(source, list | tuple) else []
     names = [item for item in items if isinstance(item, str | os.PathLike)]
     if texts:
-        names = [name for name in names if not isinstance(name, str) or name.lower().endswith(SUFFIXES)]
+        names = [
+            name for name in names if not isinstance(name, str) or name.lower().endswith(SUFFIXES) or is_task(name)
+        ]
     return all(is_here(name) for name in names) and not is_stream(source)
 
 

@@ -26,6 +26,7 @@ from rlhf_lightning.data.containers import (
 )
 from rlhf_lightning.data.files import SUFFIXES, Wanted, file_items, is_saved_dataset, line_row, local_files, place
 from rlhf_lightning.data.names import check_there, hub_dataset, is_here, is_stream, load_saved
+from rlhf_lightning.data.reasoning_gym import is_task, task_items, task_version
 from rlhf_lightning.data.tables import Cells, Item, cell
 from rlhf_lightning.errors import DataError, quoted
 from rlhf_lightning.files import is_open_stream
@@ -119,9 +120,10 @@ def read_rows(
     """Read all rows of a source.
 
     Args:
-        source: A file name, a pattern, a folder of parts, or a Hub id (`owner/name`, `owner/name:split` or
-            `owner/name:configuration/split`); a list of dicts, of such names, or of strings (with `text_key`); a dict
-            of columns or of splits; a pandas or polars frame, an Arrow table, or a dataset of `datasets`.
+        source: A file name, a pattern, a folder of parts, a task of reasoning-gym (see `data.reasoning_gym`), or a Hub
+            id (`owner/name`, `owner/name:split` or `owner/name:configuration/split`); a list of dicts, of such names,
+            or of strings (with `text_key`); a dict of columns or of splits; a pandas or polars frame, an Arrow table,
+            or a dataset of `datasets`.
         text_key: If set, a line of a text file, or a string instead of a row, becomes `{text_key: line}`.
         reading: Receives counts.
         split: The split to read.
@@ -189,7 +191,7 @@ def _listed(source: Iterable[Container], wanted: Wanted, name: str) -> Iterator[
         where = f"{name}[{index}]"
         if _is_row(item):
             yield where, next(rows)
-        elif isinstance(item, str) and wanted.text_key and not _is_file_name(item):
+        elif isinstance(item, str) and wanted.text_key and not _is_name(item):
             yield from _text(item, where, wanted.text_key)
         elif isinstance(item, str | os.PathLike):
             yield from _named(item, wanted)
@@ -214,15 +216,18 @@ def _text(text: str, where: str, text_key: str) -> Iterator[Item]:
         raise DataError(f"{where}: {error}") from None
 
 
-def _is_file_name(text: str) -> bool:
-    """True if an item of a list of prompts is a file: it ends like a file name, and is a single word or exists."""
-    return text.lower().endswith(SUFFIXES) and (len(text.split()) == 1 or os.path.isfile(text))
+def _is_name(text: str) -> bool:
+    """True if an item of a list of prompts is a source: a task, or a file name, which is a single word or exists."""
+    return is_task(text) or (text.lower().endswith(SUFFIXES) and (len(text.split()) == 1 or os.path.isfile(text)))
 
 
 # -- names ------------------------------------------------------------------------------------------------------------
 
 
 def _named(source: str | os.PathLike[str], wanted: Wanted) -> Iterator[Item]:
+    if isinstance(source, str) and is_task(source):
+        yield from task_items(source)
+        return
     saved, _, split = place(source).partition(":")
     if is_saved_dataset(place(source)) or (split and is_saved_dataset(saved)):
         folder = saved if split and is_saved_dataset(saved) else place(source)
@@ -238,7 +243,7 @@ def _named(source: str | os.PathLike[str], wanted: Wanted) -> Iterator[Item]:
 
 
 def fingerprint(source: Source | None, split: str | None = None) -> str | None:
-    """SHA-256 of a source: of the bytes of files, of the JSON of rows, or of the name of a Hub id.
+    """SHA-256 of a source: of the bytes of files, of the JSON of rows, or of the name of a task or a Hub id.
 
     Returns:
         The digest; None, with a warning, for a stream, because it would have to be read again.
@@ -265,12 +270,16 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
         if not files:
             item = list(library_rows(item, "")) if library(item) and not isinstance(item, Mapping) else plain(item)
             digest.update(json.dumps(item, sort_keys=True, default=str).encode())
+        if isinstance(item, str) and is_task(item):
+            digest.update(task_version().encode())
     return digest.hexdigest()
 
 
 def hashed_files(source: str | os.PathLike[str]) -> list[Path]:
-    """The files of a source; `fingerprint` hashes their bytes. Empty for a Hub id."""
+    """The files of a source; `fingerprint` hashes their bytes. Empty for a task or a Hub id."""
     name = place(source)
+    if is_task(name):
+        return []
     folder = name if is_saved_dataset(name) else name.partition(":")[0]
     if is_saved_dataset(folder):
         return sorted(file for file in Path(folder).rglob("*") if file.is_file())

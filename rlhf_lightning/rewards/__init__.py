@@ -9,6 +9,7 @@ from rlhf_lightning.rewards.length import LengthReward, OverlongPenalty
 from rlhf_lightning.rewards.model import EnsembleReward, ModelReward
 from rlhf_lightning.rewards.normalization import Normalizer, ReferenceNorm, RunningNorm, ScoreStatistics
 from rlhf_lightning.rewards.pairwise import PairwiseReward
+from rlhf_lightning.rewards.reasoning_gym import ReasoningGymReward
 from rlhf_lightning.rewards.term import RewardTerm, total_rewards
 from rlhf_lightning.rewards.verifiers import ExactAnswer, RegexReward
 
@@ -25,6 +26,7 @@ __all__ = [
     "Normalizer",
     "OverlongPenalty",
     "PairwiseReward",
+    "ReasoningGymReward",
     "ReferenceNorm",
     "RegexReward",
     "Reward",
