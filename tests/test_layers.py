@@ -14,7 +14,7 @@ PACKAGE = ROOT / "rlhf_lightning"
 TESTS = ROOT / "tests"
 ROOMS = [
     {"cli", "quickstart"},
-    {"callbacks"},
+    {"callbacks", "labeling"},
     {"diagnostics"},
     {"checkpointing"},
     {"modules", "evaluation"},

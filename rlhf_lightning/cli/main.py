@@ -32,6 +32,7 @@ COMMANDS = {
         "sample N responses to each prompt and keep the one with the best reward",
     ),
     "generate": ("rlhf_lightning.cli.generate", "print a model's answers to prompts, as text or JSON lines"),
+    "label": ("rlhf_lightning.cli.label", "compare answers on a web page, to make pairs for preference learning"),
     "chat": ("rlhf_lightning.cli.chat", "chat with one or several models"),
     "export": ("rlhf_lightning.cli.export", "merge an adapter, change the dtype, or upload to the Hub"),
     "init": ("rlhf_lightning.cli.init", "create a project folder with configs and example data"),

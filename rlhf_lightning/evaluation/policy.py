@@ -82,6 +82,23 @@ class Policy:
             prompt.index = index
         return prompts
 
+    def check_room(self, prompts: Sequence[Prompt], max_tokens: int) -> None:
+        """Check that the model's context has room for each prompt and an answer.
+
+        Args:
+            prompts: The prompts.
+            max_tokens: Token budget of an answer.
+
+        Raises:
+            ConfigError: If it does not.
+        """
+        longest = max(prompt.tokens for prompt in prompts)
+        if self.context and longest + max_tokens > self.context:
+            raise ConfigError(
+                f"the longest prompt ({longest} tokens) and max_tokens ({max_tokens}) exceed the model's context of "
+                f"{self.context} tokens; lower max_tokens, or leave out long prompts"
+            )
+
     def answer(
         self,
         prompts: Sequence[Prompt],
@@ -111,13 +128,8 @@ class Policy:
         Raises:
             ConfigError: If a prompt and `max_tokens` exceed the model's context.
         """
+        self.check_room(prompts, max_tokens)
         sampler = Sampler(max_tokens, temperature, stop=stop, **filters).build(self.model, self.renderer)
-        longest = max(prompt.tokens for prompt in prompts)
-        if sampler.context and longest + max_tokens > sampler.context:
-            raise ConfigError(
-                f"the longest prompt ({longest} tokens) and max_tokens ({max_tokens}) exceed the model's context of "
-                f"{sampler.context} tokens; lower max_tokens, or leave out long prompts"
-            )
         tasks = [(prompt, sample) for prompt in prompts for sample in range(samples)]
         return EpisodeRunner(sampler, self.renderer, (seed, 7)).run(tasks)
 
