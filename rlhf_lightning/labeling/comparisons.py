@@ -203,6 +203,8 @@ def _answers(data: Row) -> tuple[Question, list[Candidate]]:
         prompt, *responses = split_pair(data)
         sources = [{**source, "column": name} for name in ("chosen", "rejected")]
     else:
+        if data.get("completion") is None:
+            require(data, "response")
         prompt, response = split_response(data)
         responses, sources = [response], [source]
     category = data.get("category")

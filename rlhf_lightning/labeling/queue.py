@@ -3,7 +3,7 @@
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -118,6 +118,11 @@ class LabelQueue:
     def __init__(self, store: LabelStore, assignment: Assignment, clock: Callable[[], float] = time.monotonic) -> None:
         self.store, self.assignment, self._clock = store, assignment, clock
         self._changed = threading.Condition()
+        self._common: set[str] = set()
+        """Comparisons that every annotator decides."""
+        self._owners: dict[str, str | None] = {}
+        """The owner of each comparison; see `Assignment.owner`."""
+        self._divide(store.comparisons)
         self._seen: dict[str, str] = {}
         """The comparison that each annotator sees."""
         self._until: dict[str, float] = {}
@@ -132,8 +137,8 @@ class LabelQueue:
             comparisons: The comparisons.
         """
         with self._changed:
-            for comparison in comparisons:
-                self.store.add(comparison)
+            self.store.add(comparisons)
+            self._divide(self.store.comparisons)
 
     def show(self, annotator: str) -> Shown | None:
         """The comparison that an annotator decides next; None if none is ready. It stays the same until it is decided.
@@ -221,6 +226,11 @@ class LabelQueue:
         with self._changed:
             return self._changed.wait_for(lambda: self._ready() < ahead, timeout)
 
+    def _divide(self, comparisons: Iterable[str]) -> None:
+        new = [one for one in comparisons if one not in self._owners]
+        self._common.update(one for one in new if self.assignment.is_shared_by_all(one))
+        self._owners.update((one, self.assignment.owner(one)) for one in new)
+
     def _ready(self) -> int:
         """Smallest number of comparisons that are ready for an annotator; all undecided ones if nobody has come."""
         names = {*self.assignment.annotators, *self.store.decisions, *self._seen}
@@ -257,14 +267,13 @@ class LabelQueue:
             for made in decisions.values()
             if made.choice != "skip"
         }
-        return {one for one in seen | decided if not self.assignment.is_shared_by_all(one)}
+        return (seen | decided) - self._common
 
     def _may(self, annotator: str, comparison: Comparison) -> bool:
         """True if a comparison is in the annotator's queue and not yet decided by this annotator."""
         if comparison.id in self.store.decisions.get(annotator, {}):
             return False
-        owner = self.assignment.owner(comparison.id)
-        return owner in (None, annotator) or self.assignment.is_shared_by_all(comparison.id)
+        return self._owners[comparison.id] in (None, annotator) or comparison.id in self._common
 
     def _release(self, annotator: str) -> None:
         self._seen.pop(annotator, None)

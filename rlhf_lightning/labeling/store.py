@@ -8,7 +8,7 @@ and the file is written again after an undo and at every start.
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -91,18 +91,18 @@ class Journal:
         os.ftruncate(self._file, self._size)
         _sync_folder(path.parent)
 
-    def append(self, row: Mapping[str, object]) -> None:
-        """Append a row and wait until it is on the disk.
+    def append(self, *rows: Mapping[str, object]) -> None:
+        """Append rows and wait until they are on the disk.
 
         Args:
-            row: The row.
+            *rows: The rows.
 
         Raises:
-            OSError: If it cannot be written. The file is then as it was before.
+            OSError: If they cannot be written. The file is then as it was before.
         """
-        line = f"{as_json(row)}\n".encode()
+        lines = "".join(f"{as_json(row)}\n" for row in rows).encode()
         try:
-            left = line
+            left = lines
             while left:
                 left = left[os.write(self._file, left) :]
             os.fsync(self._file)
@@ -110,7 +110,7 @@ class Journal:
             with suppress(OSError):  # the first error says more
                 os.ftruncate(self._file, self._size)
             raise
-        self._size += len(line)
+        self._size += len(lines)
 
     def close(self) -> None:
         """Close the file."""
@@ -155,15 +155,15 @@ class LabelStore:
         self._pairs = self._rewritten()
         self._behind = False
 
-    def add(self, comparison: Comparison) -> None:
-        """Store a comparison, unless it is already there.
+    def add(self, comparisons: Sequence[Comparison]) -> None:
+        """Store comparisons, except those that are already there.
 
         Args:
-            comparison: The comparison.
+            comparisons: The comparisons.
         """
-        if comparison.id not in self.comparisons:
-            self._comparisons.append(comparison.record())
-            self.comparisons[comparison.id] = comparison
+        new = {one.id: one for one in comparisons if one.id not in self.comparisons}
+        self._comparisons.append(*(one.record() for one in new.values()))
+        self.comparisons |= new
 
     def decide(self, decision: Decision) -> None:
         """Store a decision. It is on the disk when this returns.
