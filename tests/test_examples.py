@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from examples import (
     engine,
     environments,
+    label_by_rule,
     objectives,
     own_module,
     plain_loop,
@@ -173,6 +174,15 @@ def test_reward_model_in_a_script_and_outside_the_package(base: str, tmp_path: P
     responses = ["Fine, thank you.", "No."]
     elsewhere = reward_model_elsewhere.score(str(tmp_path / "model"), "How are you?", responses)
     torch.testing.assert_close(elsewhere, module.score(["How are you?"] * 2, responses), rtol=1e-5, atol=1e-5)
+
+
+def test_label_by_rule(base: str, tmp_path: Path) -> None:
+    report, trainer = label_by_rule.main(base, str(tmp_path))
+    assert set(report.annotators) == {"Ann", "Ben", "rule"}
+    assert len(report.agreement) == 3
+    assert report.annotators["rule"].choices["tie"] == 0
+    assert report.pairs == 3 + 3 + 4
+    assert trainer.global_step == 3  # 10 pairs, 4 at a time
 
 
 def test_stop_on_kl(base: str, tmp_path: Path) -> None:

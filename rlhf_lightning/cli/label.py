@@ -149,17 +149,15 @@ def _ensemble(options: argparse.Namespace) -> "Ensemble | None":
 def _settings(options: argparse.Namespace, models: "list[AnsweringModel]") -> dict[str, JSON]:
     """What all answers of a session share."""
     named: list[JSON] = [
-        {"name": one.name, "sha256": hash_model(Path(one.name).expanduser()), "sampling": one.sampling_record()}
+        {
+            "name": one.name,
+            "sha256": hash_model(Path(one.name).expanduser()),
+            "sampling": one.sampling_record(options.max_tokens),
+        }
         for one in models
     ]
-    if not models:
-        return {"seed": options.seed, "models": named}
-    return {
-        "seed": options.seed,
-        "models": named,
-        "max_tokens": options.max_tokens,
-        "rendering": rendering_options(options),
-    }
+    rendering: dict[str, JSON] = rendering_options(options) if models else {}
+    return {"seed": options.seed, "models": named, "rendering": rendering}
 
 
 def _fill(

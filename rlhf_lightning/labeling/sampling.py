@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal
 
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.evaluation.policy import Policy, SamplingSettings
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.labeling.comparisons import Candidate, Comparison, Question, distinct
 from rlhf_lightning.labeling.ensemble import Ensemble
 from rlhf_lightning.labeling.queue import LabelQueue
@@ -34,11 +34,20 @@ class AnsweringModel:
     prompts: list[Prompt]
     sampling: SamplingSettings
 
-    def sampling_record(self) -> dict[str, JSON]:
-        """The sampling settings as plain values."""
-        names: tuple[Literal["temperature", "top_p", "top_k", "min_p"], ...]
-        names = ("temperature", "top_p", "top_k", "min_p")
-        return {name: self.sampling[name] for name in names if name in self.sampling}
+    def sampling_record(self, max_tokens: int) -> dict[str, JSON]:
+        """All sampling settings as plain values, also those that have their default.
+
+        Args:
+            max_tokens: Token budget of an answer.
+        """
+        params = Sampler(max_tokens, **self.sampling).params
+        return {
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "top_p": params.top_p,
+            "top_k": params.top_k,
+            "min_p": params.min_p,
+        }
 
 
 class AnswerSampler:
@@ -144,10 +153,9 @@ class AnswerSampler:
             yield Comparison(_question(self.models[0].prompts[index]), (first, second))
 
     def _candidate(self, model: AnsweringModel, episode: Episode) -> Candidate:
-        sampling: dict[str, JSON] = {"max_tokens": self.max_tokens, "seed": self.seed, **model.sampling_record()}
         source: dict[str, JSON] = {
             "model": model.name,
-            "sampling": sampling,
+            "sampling": {**model.sampling_record(self.max_tokens), "seed": self.seed},
             "prompt": episode.group,
             "sample": episode.sample,
             "stop_reason": episode.stop_reason,

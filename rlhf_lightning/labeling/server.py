@@ -333,6 +333,7 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)
+        found.listen()  # so that a second server on this port is refused, and early visitors wait
     except OSError as error:
         found.close()
         raise ConfigError(

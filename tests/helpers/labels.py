@@ -4,7 +4,7 @@ import http.client
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,10 +35,10 @@ def new_queue(folder: Path, count: int = 4, **assignment: object) -> LabelQueue:
 
 
 @contextmanager
-def serving(queue: LabelQueue, access: Access | None = None) -> Iterator[str]:
+def serving(queue: LabelQueue, access: Access | None = None, **options: Callable[[], bool]) -> Iterator[str]:
     """Serve a queue in a thread; yields the address."""
     with bound("127.0.0.1", 0) as place:
-        server = web_server(LabelServer(queue, access or Access()).app())
+        server = web_server(LabelServer(queue, access or Access(), **options).app())
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
         thread.start()
         while not server.started:

@@ -160,7 +160,6 @@ def test_requests_have_limits(client: Client, queue: LabelQueue) -> None:
     assert client.request("POST", "/decide", b"\xff").status == 400
     assert client.post("/decide", fields, Content_Type="application/json").status == 415
     assert client.post("/decide", {**fields, "choice": "C"}).status == 400
-    assert client.get("/" + "x" * 1_000_000).status == 400
     assert client.get("/nothing").status == 404
     assert client.request("PUT", "/decide").status == 405
     assert not queue.store.decisions
@@ -234,9 +233,8 @@ def test_answer_is_shown_as_text_and_cut_answers_are_marked(tmp_path: Path) -> N
 def test_addresses() -> None:
     assert [is_local(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost")] == [True] * 4
     assert [is_local(host) for host in ("0.0.0.0", "::", "192.168.1.5", "example.org")] == [False] * 4
-    with bound("127.0.0.1", 0) as place:
-        place.listen()
-        with pytest.raises(ConfigError, match=r"--port \d+: Address already in use; give another port"):
-            bound("127.0.0.1", place.getsockname()[1])
+    taken = r"--port \d+: Address already in use; give another port"
+    with bound("127.0.0.1", 0) as place, pytest.raises(ConfigError, match=taken):
+        bound("127.0.0.1", place.getsockname()[1])
     with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 "):
         bound("192.0.2.1", 0)
