@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 
+import rlhf_lightning.labeling.server
 import rlhf_lightning.quickstart.run
 from rlhf_lightning.cli.main import COMMANDS
 from rlhf_lightning.files import visible
@@ -227,6 +228,13 @@ def commands(place: Place, session_tokenizer: Any) -> dict[tuple[str, ...], dict
     return {
         ("generate",): {"model": place.base, "--prompt": "Count", **short},
         ("chat",): {"model": place.base, **short},
+        ("label",): {
+            "--model": place.base,
+            "--prompts": rows["prompts"],
+            "--out": "labels.jsonl",
+            "--port": "0",
+            **short,
+        },
         ("score",): {"model": reward, "file": rows["pairs"]},
         ("evaluate",): {"policy": place.base, "baseline": place.base, **judged},
         ("best-of",): {"policy": place.base, "-n": "2", **judged},
@@ -268,10 +276,11 @@ def test_flags(count: int | None, commands: dict[tuple[str, ...], Any], case: An
     for command, flag, value in some(cases, count):
         good = {k: v for k, v in commands[command].items() if (command, flag, k) != (("generate",), "file", "--prompt")}
         folder, args = case(), argv(command, {**good, flag: texts[value]}, flags[command])
-        # The stages of these two are those of other tests.
+        # The stages of two commands are those of other tests, and a server would wait for people.
         stages = mock.patch.object(_Runner, "run", side_effect=Started)
+        pages = mock.patch.object(rlhf_lightning.labeling.server, "web_server", side_effect=Started)
         data = mock.patch.object(rlhf_lightning.quickstart.run, "_inputs", side_effect=Started)
-        with stages, data, mock.patch.object(sys, "stdin", io.StringIO("Hello\n")):
+        with stages, data, pages, mock.patch.object(sys, "stdin", io.StringIO("Hello\n")):
             name = f"{' '.join(command)} {flag}"
             found = tried(lambda args=args: rlhf(*args), name, value)
         if isinstance(found, str) and ": Started: " in found:

@@ -41,7 +41,7 @@ def main() -> None:
             time.sleep(0.01)
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-            page = browser.new_page(viewport={"width": 1000, "height": 470})
+            page = browser.new_page(viewport={"width": 1000, "height": 510})
             page.goto(address_of(place))
             page.fill("#name", "Ann")
             page.keyboard.press("Enter")

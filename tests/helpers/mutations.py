@@ -131,6 +131,8 @@ ANY_TEXT = tuple(name for name in VALUES if name not in ("empty", "nul"))
 NAMES = tuple(name for name in ANY_TEXT if name not in ("folder", "long"))
 """What a new file may be called."""
 MEANT_FLAGS: dict[str, tuple[str, ...]] = {
+    "allowed_host": ANY_TEXT,
+    "annotators": ANY_TEXT,
     "best_of": ("zero",),
     "dir": (*NAMES, "folder"),
     "model": (
@@ -146,6 +148,8 @@ MEANT_FLAGS: dict[str, tuple[str, ...]] = {
         "inf",
     ),  # of `init` and `quickstart`: Hub ids
     "output": NAMES,
+    "overlap": ("zero", "fraction", "tiny"),
+    "port": ("zero",),
     "prompt": ANY_TEXT,
     "root": (*NAMES, "folder"),
     "data check --samples": ("zero", "huge"),  # none are shown, or all
