@@ -4,7 +4,7 @@ import argparse
 import os
 import secrets
 import socket
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,26 +52,23 @@ def run(args: list[str]) -> int:
 
     assignment = _assignment(options)
     access = _access(options, server.is_local(options.host))
-    with server.bound(options.host, options.port) as place:
+    with ExitStack() as closing:
+        place = closing.enter_context(server.bound(options.host, options.port))
         models = _models(options)
         ensemble = _ensemble(options)
         store = LabelStore(options.out, _settings(options, models), options.ties)
+        closing.callback(store.close)
         queue = LabelQueue(store, assignment)
         sampler = _fill(options, queue, models, ensemble)
-        pages = server.LabelServer(
-            queue,
-            access,
-            lambda: sampler is not None and sampler.is_running,
-            lambda: sampler is not None and sampler.failed,
-        )
+        pages = server.LabelServer(queue, access)
+        if sampler is not None:
+            closing.callback(sampler.stop)
+            pages = server.LabelServer(queue, access, lambda: sampler.is_running, lambda: sampler.failed)
         _greet(server.address_of(place), options.host, access)
         with suppress(KeyboardInterrupt):  # this is how labeling ends
             server.web_server(pages.app()).run(sockets=[place])
-    if sampler is not None:
-        if sampler.is_running:
+        if sampler is not None and sampler.is_running:
             say("waiting for the answers that are being sampled")
-        sampler.stop()
-    store.close()
     if any(store.decisions.values()):
         _report(options.out, options.json)
     return 0
