@@ -76,12 +76,16 @@ def test_two_annotators_at_once_by_keyboard_with_undo_and_reload(browser: Any, t
         first = ann.prompt
         ann.press("a")
         ben.press("b")
-        assert ann.counts == "1 decided, 3 ready"  # of six, two are decided and Ben sees one
+        assert ann.counts == "1 decided, 4 ready"  # of six, one is decided and Ben saw one
         second = ann.prompt
         # A reload decides nothing, and shows the same comparison in the same order.
         answers = ann.page.inner_text(".answers")
         ann.page.reload()
-        assert (ann.prompt, ann.page.inner_text(".answers"), ann.counts) == (second, answers, "1 decided, 3 ready")
+        assert (ann.prompt, ann.page.inner_text(".answers"), ann.counts) == (
+            second,
+            answers,
+            "1 decided, 3 ready",
+        )  # Ben went on
         # A note is typed: letters in it are no choices.
         ann.keys("n", *"bad", " ", *"tax")
         assert ann.page.input_value("#note") == "bad tax"
