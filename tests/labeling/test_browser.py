@@ -43,7 +43,8 @@ class Annotator:
         self.page.on("console", lambda message: self.problems.append(message.text))
         self.page.on("pageerror", lambda error: self.problems.append(str(error)))
         self.page.on("dialog", lambda dialog: self.problems.append(dialog.message))
-        self.page.on("request", lambda request: request.url.startswith(address) or self.problems.append(request.url))
+        own = address.partition("#")[0]
+        self.page.on("request", lambda request: request.url.startswith(own) or self.problems.append(request.url))
         self.page.goto(address)
         if name:
             self.keys(*name)
