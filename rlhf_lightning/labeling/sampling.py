@@ -157,7 +157,7 @@ class AnswerSampler:
             "model": model.name,
             "sampling": {**model.sampling_record(self.max_tokens), "seed": self.seed},
             "prompt": episode.group,
-            "sample": episode.sample,
+            "sample": episode.sample_index,
             "stop_reason": episode.stop_reason,
             "response_tokens": episode.response_tokens,
         }
