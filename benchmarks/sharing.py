@@ -101,7 +101,7 @@ def main() -> None:
         (128, 128, 8), (128, 128, 16), (128, 128, 32), (512, 64, 8), (512, 256, 8),
     ):  # fmt: skip
         batch = group(prompt, response, size, work.vocab)
-        big = TokenLogprobs(model, max_tokens=10**6)
+        big = TokenLogprobs(model, max_tokens_per_batch=10**6)
         big.packed_forward.check(16)
         big.packed_forward._checked = dict.fromkeys((False, True), 10**6)
         ways = {
@@ -120,7 +120,7 @@ def main() -> None:
     ways = {}
     for budget in (512, 1024, 2048, 4096):
         for shares, name in ((True, "packed"), (False, "padded")):
-            one = TokenLogprobs(model, max_tokens=budget)
+            one = TokenLogprobs(model, max_tokens_per_batch=budget)
             one.packed_forward._checked = dict.fromkeys((False, True), 10**6)
             ways[f"{name}, {budget} tokens"] = lambda o=one, s=shares: step(o, batch, shares=s)
     for name, value in seconds(ways, given.repeats).items():

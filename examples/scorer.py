@@ -37,7 +37,7 @@ class YesNo(Scorer):
         words = [loaded.tokenizer(word, add_special_tokens=False)["input_ids"][0] for word in (self.yes, self.no)]
         if words[0] == words[1]:
             raise ConfigError(f"YesNo: {self.yes!r} and {self.no!r} begin with the same token; name others")
-        return YesNoScores(TokenLogprobs(loaded.model, loaded.max_tokens), words)
+        return YesNoScores(TokenLogprobs(loaded.model, loaded.max_tokens_per_batch), words)
 
 
 class YesNoScores(ModelScorer):

@@ -151,7 +151,7 @@ def makespan(lengths: list[int], slots: int) -> int:
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 8])
 def test_number_of_generation_steps_with_refilled_slots(model: Any, tokenizer: Any, slots: int) -> None:
-    engine = LocalEngine(model, tokenizer.decode, rows=slots)
+    engine = LocalEngine(model, tokenizer.decode, slots=slots)
     prompt, params = [5, 6, 7, 8], SamplingParams(max_tokens=24, stop_token_ids=list(range(0, len(tokenizer), 8)))
     engine.generate([prompt], params, [0])  # the checks of a first call
     steps, step = [], engine.step
@@ -206,10 +206,10 @@ def test_sampling_step_does_not_copy_the_cache(model: Any, tokenizer: Any) -> No
     layer = rows * config.num_key_value_heads * length * config.head_dim * 4  # bytes of the keys that are there
     assert layer > 2 * rows * len(tokenizer) * 4  # so that logits are not taken for them
 
-    def watched(slots: Any, tokens: Any) -> Any:
-        buffers.append([part.data_ptr() for one in slots.layers for part in (one.keys, one.values)])
+    def watched(cache: Any, tokens: Any) -> Any:
+        buffers.append([part.data_ptr() for one in cache.layers for part in (one.keys, one.values)])
         with Copies(layer) as copied:
-            logits = step(slots, tokens)
+            logits = step(cache, tokens)
         copies.append(copied.found)
         return logits
 

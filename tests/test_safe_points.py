@@ -71,7 +71,7 @@ def parts(kind: str, base: str, **options: Any) -> tuple[Any, Any]:
         optimizer=adam,
         rewards=[Vowels(normalize=RunningNorm())],
         kl=KLPenalty(0.05, target=0.1, horizon=4, refresh_every=2),
-        sampler=Sampler(max_tokens=6, batch_rows=2),
+        sampler=Sampler(max_tokens=6, slots=2),
         resample_groups=1,
         **options,
     )

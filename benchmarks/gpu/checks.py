@@ -136,7 +136,7 @@ def bf16(device: str) -> dict[str, Any]:
 def _sampling(device: str, half: bool, graphed: bool) -> dict[str, Any]:
     """Sampled tokens, and the mean difference of their log-probabilities from the trainer's."""
     model = build("Qwen3", device)
-    engine = LocalEngine(model, str, rows=8, cuda_graphs=graphed)
+    engine = LocalEngine(model, str, slots=8, cuda_graphs=graphed)
     prompts = [list(range(5, 5 + n)) for n in (10, 10, 40, 3, 90, 10, 7, 64, 33, 12)]
     with torch.autocast(device, dtype=torch.bfloat16, enabled=half):
         samples = engine.generate(prompts, SamplingParams(max_tokens=48), list(range(10)))

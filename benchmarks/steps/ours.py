@@ -119,7 +119,7 @@ class Generation:
 
         self.work, tokenizer = work, work.load_tokenizer()
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=work.dtype).eval().to(work.device)
-        self.engine = LocalEngine(model, tokenizer.decode, rows=work.generate_batch, cuda_graphs=work.cuda_graphs)
+        self.engine = LocalEngine(model, tokenizer.decode, slots=work.generate_batch, cuda_graphs=work.cuda_graphs)
         self.prompts = generation_prompts(work, tokenizer)
 
     def __call__(self, steps: int) -> list[float]:

@@ -161,7 +161,7 @@ def _advice(module: RLHFModule, estimate: MemoryUse) -> list[str]:
         size = _size(estimate.frozen)
         found.append(f"set offload: true, or device: cpu, in model.kl and in reward models ({size} less)")
     if policy and estimate.cache > estimate.activations + estimate.logits:
-        found.append("lower model.sampler.batch_rows (smaller KV cache)")
+        found.append("lower model.sampler.slots (smaller KV cache)")
     # The following settings change results.
     if next(iter(module.model.parameters())).element_size() > 2:
         found.append(
@@ -242,5 +242,5 @@ def _round_sizes(
     prompts = -(-min(data.prompts_per_round, len(rows)) // data_ranks(trainer)[1])
     batch = -(-prompts * data.group_size // data.minibatches)
     tokens = min(prompts, batch) * prompt + batch * sampled
-    decoded = min(prompts * data.group_size, module.sampler.batch_rows) if module.sampler.engine is None else 0
+    decoded = min(prompts * data.group_size, module.sampler.slots) if module.sampler.engine is None else 0
     return tokens, batch * sampled, decoded, prompt + sampled

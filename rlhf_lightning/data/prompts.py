@@ -142,7 +142,7 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
         max_prompt_tokens: Maximum number of tokens of a prompt. Longer prompts are refused, or skipped with `overlong:
             skip`.
         eval_batch_size: Number of prompts per validation, test or predict step on one device; by default the number of
-            responses in a round. The sampler decodes up to `sampler.batch_rows` of them together.
+            responses in a round. The sampler decodes up to `sampler.slots` of them together.
         lines: Read every line of a file as a prompt, whatever its name; by default only for `.txt`.
         **kwargs: Arguments of `RowDataModule`.
 

@@ -22,7 +22,7 @@ class GraphedStep:
     Example:
         ```python
         step = GraphedStep(engine.step)
-        logits = step(slots, tokens)  # recorded by the first call
+        logits = step(kv_cache, tokens)  # recorded by the first call
         ```
     """
 
@@ -30,18 +30,18 @@ class GraphedStep:
         self.step = step
         self._buffers: tuple[int, ...] = ()
 
-    def __call__(self, slots: SlotKVCache, tokens: Tensor) -> Tensor:
+    def __call__(self, kv_cache: SlotKVCache, tokens: Tensor) -> Tensor:
         """Logits after `tokens` `[slots]`, `[slots, V]`; the next call overwrites them."""
-        slots.width = slots.capacity
-        buffers = (slots.positions.data_ptr(), *(layer.keys.data_ptr() for layer in slots.layers))
+        kv_cache.width = kv_cache.capacity
+        buffers = (kv_cache.positions.data_ptr(), *(layer.keys.data_ptr() for layer in kv_cache.layers))
         if buffers != self._buffers:
-            self._record(slots, tokens)
+            self._record(kv_cache, tokens)
             self._buffers = buffers
         self._tokens.copy_(tokens)
         self._graph.replay()
         return self._logits
 
-    def _record(self, slots: SlotKVCache, tokens: Tensor) -> None:
+    def _record(self, kv_cache: SlotKVCache, tokens: Tensor) -> None:
         """Record the step on the current buffers."""
         self._tokens = tokens.clone()
         # Warm up, because libraries initialize themselves in the first calls, which a graph must not contain. Each call
@@ -50,8 +50,8 @@ class GraphedStep:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.step(slots, self._tokens)
+                self.step(kv_cache, self._tokens)
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits = self.step(slots, self._tokens)
+            self._logits = self.step(kv_cache, self._tokens)

@@ -44,26 +44,26 @@ class SlotLayer(CacheLayerMixin):
     """One layer's keys and values, `[slots, heads, capacity, size]`; each step writes one token per slot.
 
     Args:
-        slots: The cache that the layer belongs to.
+        kv_cache: The cache that the layer belongs to.
 
     Example:
         ```python
-        layers = [SlotLayer(cache) for _ in range(model.config.num_hidden_layers)]
+        layers = [SlotLayer(kv_cache) for _ in range(model.config.num_hidden_layers)]
         ```
     """
 
     is_sliding = False
 
-    def __init__(self, slots: "SlotKVCache") -> None:
+    def __init__(self, kv_cache: "SlotKVCache") -> None:
         super().__init__()
-        self.slots = slots
+        self.kv_cache = kv_cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         device, dtype = key_states.device, key_states.dtype
         if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)  # attention would cast them to this in every step
         self.keys, self.values = (
-            states.new_zeros(self.slots.count, states.shape[1], self.slots.capacity, states.shape[3], dtype=dtype)
+            states.new_zeros(self.kv_cache.count, states.shape[1], self.kv_cache.capacity, states.shape[3], dtype=dtype)
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -74,25 +74,25 @@ class SlotLayer(CacheLayerMixin):
         Returns:
             Keys and values up to the longest row, `[slots, heads, width, size]` each.
         """
-        slots = self.slots
+        kv_cache = self.kv_cache
         assert self.keys is not None
         assert self.values is not None
-        self.keys[slots.numbers, :, slots.positions] = key_states[:, :, 0].to(self.keys.dtype)
-        self.values[slots.numbers, :, slots.positions] = value_states[:, :, 0].to(self.values.dtype)
-        return self.keys[:, :, : slots.width], self.values[:, :, : slots.width]
+        self.keys[kv_cache.numbers, :, kv_cache.positions] = key_states[:, :, 0].to(self.keys.dtype)
+        self.values[kv_cache.numbers, :, kv_cache.positions] = value_states[:, :, 0].to(self.values.dtype)
+        return self.keys[:, :, : kv_cache.width], self.values[:, :, : kv_cache.width]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.slots.width, 0
+        return self.kv_cache.width, 0
 
     def get_seq_length(self) -> int:
-        return self.slots.width - 1
+        return self.kv_cache.width - 1
 
     def get_max_length(self) -> int:
         return -1
 
 
 class SlotKVCache:
-    """KV cache of `count` rows.
+    """KV cache with a slot for each of `count` rows.
 
     Args:
         layers: Number of layers of the model.
@@ -105,9 +105,9 @@ class SlotKVCache:
         capacity: Number of tokens per slot that fit in the buffers.
 
     Example:
-        >>> slots = SlotKVCache(layers=2, count=4, device=torch.device("cpu"))
-        >>> slots.reserve(tokens=10, limit=64)
-        >>> slots.capacity
+        >>> kv_cache = SlotKVCache(layers=2, count=4, device=torch.device("cpu"))
+        >>> kv_cache.reserve(tokens=10, limit=64)
+        >>> kv_cache.capacity
         64
     """
 

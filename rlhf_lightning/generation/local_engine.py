@@ -1,6 +1,7 @@
 """The built-in sampling engine, with a KV cache and continuous batching.
 
-Shared prompts are computed once, keys are written in place, and waiting rows move into slots as they become free.
+Rows (a prompt with its response so far) move into slots of the cache as these become free, and keys are written in
+place. Rows that are admitted together share the computation of equal prompts.
 """
 
 import logging
@@ -74,9 +75,10 @@ class LocalEngine:
     Args:
         model: A causal model, or a `PeftModel` around one.
         decode: Maps token ids to text, for stop texts.
-        rows: Number of slots, that is of responses decoded in parallel.
+        slots: Number of responses decoded in parallel.
         cuda_graphs: Replay decoding steps as CUDA graphs; see `cuda_graphs`.
-        max_tokens: Number of prompt tokens per forward pass; see `PackedForward`.
+        max_tokens_per_batch: Largest number of prompt tokens in a forward pass; see `PackedForward`. The token budget
+            of a response is `SamplingParams.max_tokens`.
         gather: Gather the weights of a sharded model for a round; see `Sampler`.
 
     Example:
@@ -91,16 +93,16 @@ class LocalEngine:
         self,
         model: "PreTrainedModel | PeftModel",
         decode: Callable[[list[int]], str],
-        rows: int = 256,
+        slots: int = 256,
         cuda_graphs: bool = False,
-        max_tokens: int | None = None,
+        max_tokens_per_batch: int | None = None,
         gather: bool | None = None,
     ) -> None:
         self.cuda_graphs, self.gather = cuda_graphs, gather
         self._synchronized: SynchronizedCalls | None = None
-        self.model, self.decode, self.rows = model, decode, rows
+        self.model, self.decode, self.slots = model, decode, slots
         self.backbone = Backbone(model)
-        self.packed_forward = PackedForward(model, self.backbone.decoder, max_tokens)
+        self.packed_forward = PackedForward(model, self.backbone.decoder, max_tokens_per_batch)
         config = base_of(model).config.get_text_config()
         self.layers = config.num_hidden_layers
         self.context: int | None = getattr(config, "max_position_embeddings", None)
@@ -155,7 +157,7 @@ class LocalEngine:
     @contextmanager
     def _sampling(self) -> Iterator[None]:
         """Context manager with eval mode, no gradients, and no compiled code."""
-        # Not inference mode: weights gathered in it could not be trained afterwards.
+        # For a sharded model not inference mode: weights gathered in it could not be trained afterwards.
         gradients = torch.no_grad() if is_sharded(self.model) else torch.inference_mode()
         # The stance is that of all threads. A thread beside the training one samples from a copy without compiled code.
         compiled = threading.current_thread() is threading.main_thread()
@@ -229,21 +231,21 @@ class LocalEngine:
         starts = ends - torch.tensor([len(prompt) for prompt in prompts], device=device)
         return cache, starts, self.backbone.logits(states[ends - 1])
 
-    def step(self, slots: SlotKVCache, tokens: Tensor) -> Tensor:
+    def step(self, kv_cache: SlotKVCache, tokens: Tensor) -> Tensor:
         """Feed the last token of every slot.
 
         Args:
-            slots: The cache.
+            kv_cache: The cache.
             tokens: Last token of each slot, `[slots]`.
 
         Returns:
             Logits after these tokens, `[slots, V]`.
         """
-        return self._run(self._step, slots, tokens)
+        return self._run(self._step, kv_cache, tokens)
 
-    def _step(self, slots: SlotKVCache, tokens: Tensor) -> Tensor:
-        layout = Decoding(slots.positions, slots.width)
-        states = self._decoder(tokens[:, None], slots.positions[:, None], slots.cache, layout)[:, -1]
+    def _step(self, kv_cache: SlotKVCache, tokens: Tensor) -> Tensor:
+        layout = Decoding(kv_cache.positions, kv_cache.width)
+        states = self._decoder(tokens[:, None], kv_cache.positions[:, None], kv_cache.cache, layout)[:, -1]
         return self.backbone.logits(states)
 
     def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -294,17 +296,17 @@ class LocalEngine:
         lengths, capacity, prime = (4, 7, 10), 16, 7919
         rows = [[(prime * (i + j)) % self.backbone.vocabulary for j in range(n)] for i, n in enumerate(lengths)]
         with torch.autocast(device.type, enabled=False):
-            slots = SlotKVCache(self.layers, len(rows), device)
-            slots.reserve(capacity, capacity)
-            cache, starts, _ = self.prefill([row[:-2] for row in rows], device)
+            kv_cache = SlotKVCache(self.layers, len(rows), device)
+            kv_cache.reserve(capacity, capacity)
+            prefilled, starts, _ = self.prefill([row[:-2] for row in rows], device)
             for i, row in enumerate(rows):
                 columns = torch.arange(len(row) - 2, device=device)
-                slots.fill(cache, torch.full_like(columns, i), columns, starts[i] + columns)
-            slots.positions = torch.tensor([len(row) - 2 for row in rows], device=device)
+                kv_cache.fill(prefilled, torch.full_like(columns, i), columns, starts[i] + columns)
+            kv_cache.positions = torch.tensor([len(row) - 2 for row in rows], device=device)
             for k in (-2, -1):
-                slots.width = int(slots.positions.max()) + 1
-                ours = self.step(slots, torch.tensor([row[k] for row in rows], device=device))
-                slots.positions = slots.positions + 1
+                kv_cache.width = int(kv_cache.positions.max()) + 1
+                ours = self.step(kv_cache, torch.tensor([row[k] for row in rows], device=device))
+                kv_cache.positions = kv_cache.positions + 1
             theirs = [self.model(input_ids=torch.tensor([row], device=device), use_cache=False) for row in rows]
         wanted = torch.stack([out.logits[0, -1] for out in theirs])
         return float((ours - wanted).float().norm() / wanted.float().norm().clamp(min=1e-6))
@@ -331,9 +333,9 @@ class _Batch:
         # Popped from the end: longest prompts first, so that buffers rarely grow, and equal prompts together.
         self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), self.prompts[i], -i))
         self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens  # tokens of the longest possible row
-        self.row_of_slot: list[int | None] = [None] * min(engine.rows, len(prompts))
+        self.row_of_slot: list[int | None] = [None] * min(engine.slots, len(prompts))
         """Index of the row in each slot; None if the slot is free."""
-        self.slots = SlotKVCache(engine.layers, len(self.row_of_slot), self.device)
+        self.kv_cache = SlotKVCache(engine.layers, len(self.row_of_slot), self.device)
         self.tokens = torch.zeros(len(self.row_of_slot), dtype=torch.long, device=self.device)
         """Last token of each slot, `[slots]`."""
         # Steps with synchronization between ranks cannot be recorded.
@@ -343,8 +345,8 @@ class _Batch:
     def run(self) -> list[Completion]:
         """Decode until every prompt has its response.
 
-        Each iteration admits waiting prompts, if at least a quarter of the slots is free, or decodes one token of every
-        slot. When no prompts wait, free slots are dropped instead, also a quarter at a time.
+        Each iteration admits waiting rows, if at least a quarter of the slots is free, or decodes one token of every
+        slot. When no rows wait, free slots are dropped instead, also a quarter at a time.
         """
         while True:
             safe_point()
@@ -359,28 +361,34 @@ class _Batch:
                 self._advance()
 
     def _admit(self, free: list[int]) -> None:
-        """Move waiting prompts into free slots; a prompt that several rows share is computed once."""
+        """Move waiting rows into free slots; a prompt that several of them share is computed once."""
         admitted = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
         distinct = list(dict.fromkeys(self.prompts[row] for row in admitted))
-        self.slots.reserve(max(len(prompt) for prompt in distinct) + 1, self.limit)
-        for group in group_by_token_budget(_prefixes(distinct), self.engine.packed_forward.budget(self.device)):
-            # Each prompt of the group, with its index in the group.
-            prompts = {distinct[prefix.rows[0]]: i for i, prefix in enumerate(group)}
+        self.kv_cache.reserve(max(len(prompt) for prompt in distinct) + 1, self.limit)
+        for token_group in group_by_token_budget(_prefixes(distinct), self.engine.packed_forward.budget(self.device)):
+            # Each prompt of the token group, with its index in it.
+            prompts = {distinct[prefix.rows[0]]: i for i, prefix in enumerate(token_group)}
             rows = [row for row in admitted if self.prompts[row] in prompts]
             self._prefill(prompts, rows, [free.pop() for _ in rows])
 
     def _prefill(self, prompts: dict[tuple[int, ...], int], rows: list[int], slots: list[int]) -> None:
-        """Compute a group of prompts, and write their keys and values into the slots of the rows that have them."""
-        cache, starts, logits = self.engine.prefill(list(prompts), self.device)
+        """Compute prompts in one forward pass, and write their keys and values into the slots of the rows with them.
+
+        Args:
+            prompts: Token ids of each prompt of a token group, with its index in the group.
+            rows: The rows that have one of these prompts.
+            slots: A free slot for each row.
+        """
+        prefilled, starts, logits = self.engine.prefill(list(prompts), self.device)
         which = [prompts[self.prompts[row]] for row in rows]
         lengths = [len(self.prompts[row]) for row in rows]
         columns = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         repeats = torch.tensor(lengths, device=self.device)
         slot_ids, source = torch.tensor(slots, device=self.device), torch.tensor(which, device=self.device)
-        self.slots.fill(
-            cache, slot_ids.repeat_interleave(repeats), columns, starts[source].repeat_interleave(repeats) + columns
+        self.kv_cache.fill(
+            prefilled, slot_ids.repeat_interleave(repeats), columns, starts[source].repeat_interleave(repeats) + columns
         )
-        self.slots.positions[slot_ids] = repeats
+        self.kv_cache.positions[slot_ids] = repeats
         for row, slot in zip(rows, slots, strict=True):
             self.row_of_slot[slot] = row
         self._sample(slots, logits[source])
@@ -391,12 +399,12 @@ class _Batch:
         width = max(
             len(self.prompts[row]) + len(self.completions[row].ids) for row in self.row_of_slot if row is not None
         )
-        self.slots.width = width
-        self.slots.reserve(width, self.limit)
+        self.kv_cache.width = width
+        self.kv_cache.reserve(width, self.limit)
         # Free slots are computed as well and their results ignored; their positions only have to be valid.
-        self.slots.positions.clamp_(max=width - 1)
-        logits = self.step(self.slots, self.tokens)
-        self.slots.positions += 1
+        self.kv_cache.positions.clamp_(max=width - 1)
+        logits = self.step(self.kv_cache, self.tokens)
+        self.kv_cache.positions += 1
         self._sample(list(range(len(self.row_of_slot))), logits)
 
     def _sample(self, slots: list[int], logits: Tensor) -> None:
@@ -424,8 +432,8 @@ class _Batch:
             self.engine.watch.on_token(row, token, ended)
 
     def _shrink(self) -> None:
-        """Drop free slots once no prompts are waiting."""
+        """Drop free slots once no rows are waiting."""
         kept = torch.tensor([slot for slot, row in enumerate(self.row_of_slot) if row is not None], device=self.device)
         self.row_of_slot = [row for row in self.row_of_slot if row is not None]
         self.tokens = self.tokens[kept]
-        self.slots.select(kept)
+        self.kv_cache.select(kept)

@@ -125,7 +125,7 @@ class Sampler(Settings):
         min_p: Sample from tokens that have at least this fraction of the highest probability; biases ratios likewise.
         min_tokens: No response ends before this many tokens; biases ratios likewise. Rewards and environments see the
             text before the first stop text, even if it came too early to end the response.
-        batch_rows: Number of rows decoded side by side.
+        slots: Number of responses decoded in parallel by the built-in engine.
         engine: An `Engine` that replaces the built-in one, or `EngineSettings`.
         cuda_graphs: On a GPU, replay decoding steps as CUDA graphs.
         stop: Texts that end a response as soon as they are complete. Their tokens are trained on; rewards and
@@ -152,21 +152,21 @@ class Sampler(Settings):
         top_k: int = 0,
         min_p: float = 0.0,
         min_tokens: int = 0,
-        batch_rows: int = 256,
+        slots: int = 256,
         engine: Engine | EngineSettings | None = None,
         cuda_graphs: bool = False,
         stop: Sequence[str] | None = None,
         gather: bool | None = None,
     ) -> None:
         self.params = SamplingParams(max_tokens, min_tokens, temperature, top_p, top_k, min_p)
-        check_whole("sampler.batch_rows", batch_rows)
+        check_whole("sampler.slots", slots)
         complete = hasattr(engine, "generate") and hasattr(engine, "sync")
         if engine is not None and not (complete or isinstance(engine, EngineSettings)):
             raise ConfigError(
                 f"sampler.engine is {engine!r}; it must be an object with generate and sync, for example "
                 "class_path: rlhf_lightning.generation.vllm_engine.VLLMEngine"
             )
-        self.batch_rows, self.engine, self.cuda_graphs, self.gather = batch_rows, engine, cuda_graphs, gather
+        self.slots, self.engine, self.cuda_graphs, self.gather = slots, engine, cuda_graphs, gather
         if isinstance(stop, str) or not all(isinstance(text, str) and text for text in stop or ()):
             raise ConfigError(f"sampler.stop is {stop!r}; it must be a list of texts, none of them empty")
         self.stop = None if stop is None else tuple(stop)
@@ -200,7 +200,7 @@ class Sampler(Settings):
             )
 
     def build(
-        self, model: "PreTrainedModel | PeftModel", renderer: Renderer, max_tokens: int | None = None
+        self, model: "PreTrainedModel | PeftModel", renderer: Renderer, max_tokens_per_batch: int | None = None
     ) -> "ModelSampler":
         """Create the sampler of a model.
 
@@ -208,12 +208,12 @@ class Sampler(Settings):
             model: The policy.
             renderer: The policy's renderer. The end tokens of the model's generation config are added to its stop
                 tokens.
-            max_tokens: Number of prompt tokens per forward pass; see `PackedForward`.
+            max_tokens_per_batch: Largest number of prompt tokens in a forward pass; see `PackedForward`.
 
         Raises:
             ConfigError: If the tokenizer can never produce a stop text.
         """
-        return ModelSampler(self, model, renderer, max_tokens)
+        return ModelSampler(self, model, renderer, max_tokens_per_batch)
 
 
 class ModelSampler:
@@ -223,7 +223,7 @@ class ModelSampler:
         sampler: The settings.
         model: See `Sampler.build`.
         renderer: See `Sampler.build`.
-        max_tokens: See `Sampler.build`.
+        max_tokens_per_batch: See `Sampler.build`.
 
     Attributes:
         engine: The engine that samples.
@@ -241,7 +241,7 @@ class ModelSampler:
         sampler: Sampler,
         model: "PreTrainedModel | PeftModel",
         renderer: Renderer,
-        max_tokens: int | None = None,
+        max_tokens_per_batch: int | None = None,
     ) -> None:
         self.model = model
         renderer.also_stop_at(end_token_ids(model, renderer.tokenizer))
@@ -262,7 +262,7 @@ class ModelSampler:
         else:
             decode = renderer.tokenizer.decode
             self.engine = LocalEngine(
-                model, decode, sampler.batch_rows, sampler.cuda_graphs, max_tokens, sampler.gather
+                model, decode, sampler.slots, sampler.cuda_graphs, max_tokens_per_batch, sampler.gather
             )
 
     def sync(self, version: int) -> None:

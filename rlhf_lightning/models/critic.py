@@ -73,14 +73,14 @@ class Critic(Settings):
         self.clip, self.coefficient, self.warmup_rounds = clip, coefficient, warmup_rounds
 
     def build(
-        self, policy: "PreTrainedModel | PeftModel", tokenizer: Tokenizer, max_tokens: int | None, dtype: str
+        self, policy: "PreTrainedModel | PeftModel", tokenizer: Tokenizer, max_tokens_per_batch: int | None, dtype: str
     ) -> "ValueModel":
         """Make the value model; called once, before training.
 
         Args:
             policy: The policy at the start of the stage.
             tokenizer: The policy's tokenizer.
-            max_tokens: See `PackedForward`.
+            max_tokens_per_batch: See `PackedForward`.
             dtype: Data type of the backbone's weights, for example `float32`.
 
         Raises:
@@ -92,7 +92,9 @@ class Critic(Settings):
         backbone = self._backbone(policy, dtype)
         check_vocabulary(backbone, tokenizer, "the critic")
         disable_dropout(base_of(backbone))
-        return ValueModel(backbone, base_of(backbone).config.get_text_config().hidden_size, device, max_tokens)
+        return ValueModel(
+            backbone, base_of(backbone).config.get_text_config().hidden_size, device, max_tokens_per_batch
+        )
 
     def _backbone(self, policy: "PreTrainedModel | PeftModel", dtype: str) -> "PreTrainedModel | PeftModel":
         """Load or copy the trainable backbone, with adapters if configured."""
@@ -126,11 +128,11 @@ class ValueModel(nn.Module):
         backbone: Model that computes hidden states; None for that of the policy.
         width: Size of a hidden state.
         device: Device of the head.
-        max_tokens: Number of tokens computed at once, see `PackedForward`.
+        max_tokens_per_batch: Number of tokens computed at once, see `PackedForward`.
 
     Example:
         ```python
-        value_model = Critic().build(policy, tokenizer, max_tokens=None, dtype="float32")
+        value_model = Critic().build(policy, tokenizer, max_tokens_per_batch=None, dtype="float32")
         values = value_model(input_ids, loss_mask)  # [B, T]
         ```
     """
@@ -140,14 +142,16 @@ class ValueModel(nn.Module):
         backbone: "PreTrainedModel | PeftModel | None",
         width: int,
         device: torch.device,
-        max_tokens: int | None = None,
+        max_tokens_per_batch: int | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = nn.Linear(width, 1, device=device)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        self.packed_forward = None if backbone is None else PackedForward(backbone, base_of(backbone), max_tokens)
+        self.packed_forward = (
+            None if backbone is None else PackedForward(backbone, base_of(backbone), max_tokens_per_batch)
+        )
 
     def forward(self, input_ids: Tensor, loss_mask: Tensor) -> Tensor:
         """Values before each token with mask 1. Needs a critic with its own backbone.

@@ -59,7 +59,7 @@ class PackedForward:
     Args:
         model: A Hugging Face model, or a `PeftModel` around one.
         decoder: The part of the model that computes hidden states.
-        max_tokens: Largest number of tokens computed at once; by default 2,048 on a CPU, 16,384 elsewhere.
+        max_tokens_per_batch: Largest number of tokens computed at once; by default 2,048 on a CPU, 16,384 elsewhere.
 
     Example:
         ```python
@@ -69,8 +69,10 @@ class PackedForward:
         ```
     """
 
-    def __init__(self, model: "PreTrainedModel | PeftModel", decoder: nn.Module, max_tokens: int | None = None) -> None:
-        self.model, self.decoder, self.max_tokens = model, decoder, max_tokens
+    def __init__(
+        self, model: "PreTrainedModel | PeftModel", decoder: nn.Module, max_tokens_per_batch: int | None = None
+    ) -> None:
+        self.model, self.decoder, self.max_tokens_per_batch = model, decoder, max_tokens_per_batch
         self.config = base_of(model).config.get_text_config()
         self.saving: Callable[[], AbstractContextManager[None]] = nullcontext
         """Context manager in which the model runs; it determines where activations for backward are stored."""
@@ -115,7 +117,7 @@ class PackedForward:
 
     def budget(self, device: torch.device) -> int:
         """Number of tokens computed at once on a device."""
-        return self.max_tokens or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
+        return self.max_tokens_per_batch or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
 
     def _packed(self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix]) -> Hidden:
         """Hidden states of a group of trees, as one packed row."""

@@ -32,7 +32,7 @@ class Reference:
     Args:
         model: The policy at the start of the stage, or with `separate` another model.
         fresh_adapter: True if this stage created the policy's adapter.
-        max_tokens: Number of tokens computed at once, see `PackedForward`.
+        max_tokens_per_batch: Number of tokens computed at once, see `PackedForward`.
         moves: True if `refresh` will be called.
         device: Device of a copy of the whole model, see `Placement`.
         offload: Keep such a copy on the CPU while it does not run, see `Placement`.
@@ -55,7 +55,7 @@ class Reference:
         self,
         model: "PreTrainedModel | PeftModel",
         fresh_adapter: bool = False,
-        max_tokens: int | None = None,
+        max_tokens_per_batch: int | None = None,
         moves: bool = False,
         device: str | None = None,
         offload: bool = False,
@@ -74,7 +74,10 @@ class Reference:
         elif self.mode == "adapter":
             _copy_adapter(model)
         self.placement = self._placed(device, offload)
-        self._policy, self._token_logprobs = model, TokenLogprobs(model if self.copy is None else self.copy, max_tokens)
+        self._policy, self._token_logprobs = (
+            model,
+            TokenLogprobs(model if self.copy is None else self.copy, max_tokens_per_batch),
+        )
 
     def _placed(self, device: str | None, offload: bool) -> Placement | None:
         """Place a copy of the whole model on its own device, or offload it."""
@@ -156,7 +159,7 @@ def load_reference(
     source: str,
     tokenizer: "PreTrainedTokenizerBase",
     dtype: str,
-    max_tokens: int | None = None,
+    max_tokens_per_batch: int | None = None,
     device: str | None = None,
     offload: bool = False,
 ) -> Reference:
@@ -166,7 +169,7 @@ def load_reference(
         source: Model folder or Hub id.
         tokenizer: The policy's tokenizer.
         dtype: Data type of its weights, for example `float32`.
-        max_tokens: See `Reference`.
+        max_tokens_per_batch: See `Reference`.
         device: See `Reference`.
         offload: See `Reference`.
 
@@ -175,7 +178,7 @@ def load_reference(
     """
     model = load_for_scoring(source, "CAUSAL_LM", dtype)
     check_vocabulary(model, tokenizer, "the reference")
-    return Reference(model, max_tokens=max_tokens, device=device, offload=offload, separate=True)
+    return Reference(model, max_tokens_per_batch=max_tokens_per_batch, device=device, offload=offload, separate=True)
 
 
 def _copy_adapter(model: "PeftModel") -> None:

@@ -67,7 +67,7 @@ class LoadedModel:
         model: A Hugging Face model of the scorer's `task`, or a `PeftModel` around one.
         tokenizer: Its tokenizer.
         stop_token_ids: Ids that end a response.
-        max_tokens: Number of tokens that the model computes at once, see `PackedForward`.
+        max_tokens_per_batch: Number of tokens that the model computes at once, see `PackedForward`.
         reference: The reference, for a scorer that requires one.
 
     Example:
@@ -80,7 +80,7 @@ class LoadedModel:
     model: "PreTrainedModel | PeftModel"
     tokenizer: "PreTrainedTokenizerBase"
     stop_token_ids: Sequence[int]
-    max_tokens: int | None = None
+    max_tokens_per_batch: int | None = None
     reference: Reference | None = None
 
 
@@ -97,7 +97,7 @@ class ModelScorer(ABC):
         ```python
         class LastLogprobScores(ModelScorer):
             def __init__(self, loaded):
-                self.token_logprobs = TokenLogprobs(loaded.model, loaded.max_tokens)
+                self.token_logprobs = TokenLogprobs(loaded.model, loaded.max_tokens_per_batch)
                 super().__init__(self.token_logprobs.packed_forward)
 
             def __call__(self, batch):
@@ -273,7 +273,7 @@ class LogprobScores(ModelScorer):
     """
 
     def __init__(self, scorer: _LogprobScorer, loaded: LoadedModel) -> None:
-        self.scorer, self.token_logprobs = scorer, TokenLogprobs(loaded.model, loaded.max_tokens)
+        self.scorer, self.token_logprobs = scorer, TokenLogprobs(loaded.model, loaded.max_tokens_per_batch)
         super().__init__(self.token_logprobs.packed_forward, loaded.reference)
 
     def __call__(self, batch: PreferenceTokens) -> Tensor:
@@ -348,7 +348,7 @@ class HeadScores(ModelScorer):
 
     def __init__(self, loaded: LoadedModel, last_k: int) -> None:
         base, tokenizer = base_of(loaded.model), loaded.tokenizer
-        super().__init__(PackedForward(loaded.model, base.base_model, loaded.max_tokens))
+        super().__init__(PackedForward(loaded.model, base.base_model, loaded.max_tokens_per_batch))
         self.head, self.last_k = find_head(base), last_k
         if next(self.head.parameters()).dtype in NARROW:
             self.head.float()

@@ -48,7 +48,7 @@ class TokenLogprobs:
     Args:
         model: A `…ForCausalLM`, or a `PeftModel` around one. A model is run as a whole if its head cannot be run
             separately (see `Backbone`).
-        max_tokens: Number of tokens that the decoder computes at once, see `PackedForward`.
+        max_tokens_per_batch: Number of tokens that the decoder computes at once, see `PackedForward`.
         logit_bytes: Largest size of logits kept in memory, in bytes; larger logits are recomputed in backward.
         value_head: Value head of a critic that shares the model.
 
@@ -65,12 +65,12 @@ class TokenLogprobs:
     def __init__(
         self,
         model: nn.Module,
-        max_tokens: int | None = None,
+        max_tokens_per_batch: int | None = None,
         logit_bytes: int = LOGIT_BYTES,
         value_head: nn.Linear | None = None,
     ) -> None:
         self.backbone, self.logit_bytes, self.value_head = Backbone(model), logit_bytes, value_head
-        self.packed_forward = PackedForward(model, self.backbone.decoder, max_tokens)
+        self.packed_forward = PackedForward(model, self.backbone.decoder, max_tokens_per_batch)
         if value_head is not None and not self.backbone.separable:
             raise ConfigError(
                 f"critic.shared: the hidden states of {type(base_of(model)).__name__} cannot be computed without its "

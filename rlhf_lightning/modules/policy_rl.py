@@ -400,7 +400,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             return Reference(
                 self.model,
                 fresh_adapter=self.fresh_adapter,
-                max_tokens=self.max_tokens_per_batch,
+                max_tokens_per_batch=self.max_tokens_per_batch,
                 moves=bool(kl.refresh_every),
                 device=kl.device,
                 offload=kl.offload,
@@ -409,7 +409,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             kl.reference,
             self.tokenizer,
             self.dtype_name,
-            max_tokens=self.max_tokens_per_batch,
+            max_tokens_per_batch=self.max_tokens_per_batch,
             device=kl.device,
             offload=kl.offload,
         )

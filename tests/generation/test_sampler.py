@@ -30,7 +30,7 @@ def test_greedy_equals_generate(
     # In float64, so that rounding does not decide which token is the likeliest.
     model, untouched = (build_model(tokenizer, architecture=architecture).double().to(device) for _ in range(2))
     tokenizer.chat_template = None
-    settings = Sampler(max_tokens=12, temperature=0.0, batch_rows=3)
+    settings = Sampler(max_tokens=12, temperature=0.0, slots=3)
     sampler = settings.build(model, Renderer(tokenizer, format="raw"))
     prompts = [[5, 6, 7], [9, 10, 11, 12, 13, 14, 15, 16], [5, 6, 7], [40], [9, 9]]
     with caplog.at_level(logging.WARNING, "rlhf_lightning"):
@@ -55,8 +55,8 @@ def test_samples_depend_only_on_their_seed_and_logprobs_equal_the_trainers(
     prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]
     seeds = list(range(1, 8))
     together, few, alone = (
-        built(model, tokenizer, max_tokens=10, temperature=0.8, batch_rows=rows).generate(prompts, seeds)
-        for rows in (256, 3, 1)  # rows wait for the slots of finished rows
+        built(model, tokenizer, max_tokens=10, temperature=0.8, slots=slots).generate(prompts, seeds)
+        for slots in (256, 3, 1)  # rows wait for the slots of finished rows
     )
     assert [sample.ids for sample in together] == [sample.ids for sample in alone] == [sample.ids for sample in few]
     assert together[0].ids != together[2].ids
@@ -73,12 +73,12 @@ def test_samples_depend_only_on_their_seed_and_logprobs_equal_the_trainers(
 
 def test_waiting_rows_take_the_slots_of_finished_rows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build_model(tokenizer)
-    engine = LocalEngine(model, tokenizer.decode, rows=4)
+    engine = LocalEngine(model, tokenizer.decode, slots=4)
     engine.generate([[5]], SamplingParams(max_tokens=1), [0])
     fed: list[int] = []
     step = LocalEngine.step
     monkeypatch.setattr(
-        LocalEngine, "step", lambda self, slots, tokens: fed.append(len(tokens)) or step(self, slots, tokens)
+        LocalEngine, "step", lambda self, cache, tokens: fed.append(len(tokens)) or step(self, cache, tokens)
     )
     stops = tuple(range(0, len(tokenizer), 3))  # a third of all tokens: responses of unlike length
     samples = engine.generate(
@@ -93,11 +93,11 @@ def test_waiting_rows_take_the_slots_of_finished_rows(tokenizer: Any, monkeypatc
 
 
 def test_kv_cache_grows(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from rlhf_lightning.generation import kv_cache as slots
+    from rlhf_lightning.generation import kv_cache
 
     model = build_model(tokenizer).double()
     wanted = built(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
-    monkeypatch.setattr(slots, "STEP", 2)
+    monkeypatch.setattr(kv_cache, "STEP", 2)
     found = built(model, tokenizer, max_tokens=20).generate([[5, 6], [7]], [1, 2])
     assert [s.ids for s in found] == [s.ids for s in wanted]
 
@@ -126,7 +126,7 @@ def test_bf16_samples_match_the_trainers_precision(tokenizer: Any, device: torch
 
 def test_samples_follow_the_distribution(tokenizer: Any) -> None:
     model = build_model(tokenizer)
-    sampler = built(model, tokenizer, max_tokens=1, temperature=1.5, batch_rows=4096)
+    sampler = built(model, tokenizer, max_tokens=1, temperature=1.5, slots=4096)
     sampled = torch.tensor([s.ids[0] for s in sampler.generate([[5, 6]] * 4000, list(range(4000)))])
     wanted = (model(torch.tensor([[5, 6]])).logits[0, -1] / 1.5).softmax(-1).detach()
     found = torch.bincount(sampled, minlength=len(tokenizer)) / 4000

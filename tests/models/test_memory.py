@@ -47,7 +47,7 @@ def gradients(scorer: TokenLogprobs, ids: torch.Tensor, loss_mask: torch.Tensor)
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "mamba"])
 def test_offloaded_activations_give_the_same_gradients(architecture: str, checkpointing: bool, tokenizer: Any) -> None:
     model = build_model(tokenizer, architecture=architecture)
-    scorer = TokenLogprobs(model, max_tokens=40)  # in several groups
+    scorer = TokenLogprobs(model, max_tokens_per_batch=40)  # in several groups
     ids = torch.randint(0, len(tokenizer), (6, 20), generator=torch.Generator().manual_seed(0))
     ids[3:, :8] = ids[0, :8]
     loss_mask = torch.ones_like(ids)
@@ -413,7 +413,7 @@ def test_estimate_is_one_line_or_a_warning_with_advice(base: str, tmp_path: Path
         "gradient_checkpointing",
         "minibatches",
         "offload: true, or device: cpu, in model.kl",
-        "batch_rows",
+        "slots",
         "bf16",
         "model.lora",
     ]

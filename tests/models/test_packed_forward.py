@@ -93,7 +93,7 @@ def test_shared_rows_equal_plain_ones(
 ) -> None:
     options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
     model = model_of(architecture, tokenizer, **options).double().to(device)
-    scorer = TokenLogprobs(model, max_tokens=budget)
+    scorer = TokenLogprobs(model, max_tokens_per_batch=budget)
     for trees in CASES.values():
         batch = on(device, rows_of(*trees))
         scores = scorer(batch["input_ids"], batch["loss_mask"], 0.7)
@@ -161,7 +161,7 @@ def test_model_that_cannot_pack_runs_padded_rows(
     model = model_of(architecture, tokenizer)
     batch = rows_of(*CASES["mixed"])
     with caplog.at_level(logging.INFO, "rlhf_lightning"):
-        scorer = TokenLogprobs(model, max_tokens=20)
+        scorer = TokenLogprobs(model, max_tokens_per_batch=20)
         scores = scorer(batch["input_ids"], batch["loss_mask"])
         scorer(batch["input_ids"], batch["loss_mask"])
     assert not scorer.packed_forward.packs
@@ -205,7 +205,7 @@ def test_rows_do_not_affect_each_other(tokenizer: Any) -> None:
 
 def test_shared_prompt_is_computed_once(tokenizer: Any) -> None:
     model = model_of("qwen3", tokenizer)
-    scorer = TokenLogprobs(model, max_tokens=50)
+    scorer = TokenLogprobs(model, max_tokens_per_batch=50)
     scorer.packed_forward.check(64)
     sizes: list[int] = []
     plain_forward = model.model.forward

@@ -82,7 +82,7 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
         lambda: Sampler(engine="vllm"),
         ["sampler.engine is 'vllm'", "generation.vllm_engine.VLLMEngine"],
     ),
-    ("no rows at once", lambda: Sampler(batch_rows=0), ["sampler.batch_rows is 0; it must be at least 1"]),
+    ("no slots", lambda: Sampler(slots=0), ["sampler.slots is 0; it must be at least 1"]),
     (
         "a size in quotes",
         lambda: SFTDataModule([], batch_size="8"),
