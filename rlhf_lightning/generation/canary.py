@@ -58,7 +58,7 @@ class Canary:
         engine: The engine.
         model: The policy.
         context: Number of positions of the model; None for no limit.
-        max_tokens: Number of tokens per forward pass, see `PackedForward`.
+        max_tokens_per_batch: Number of tokens per forward pass, see `PackedForward`.
 
     Attributes:
         rows: The tokens: pseudo-random ids of the vocabulary, the same in every run, `[ROWS, LENGTH]`.
@@ -76,9 +76,9 @@ class Canary:
         engine: ScoringEngine,
         model: "PreTrainedModel | PeftModel",
         context: int | None = None,
-        max_tokens: int | None = None,
+        max_tokens_per_batch: int | None = None,
     ) -> None:
-        self.engine, self.model, self.token_logprobs = engine, model, TokenLogprobs(model, max_tokens)
+        self.engine, self.model, self.token_logprobs = engine, model, TokenLogprobs(model, max_tokens_per_batch)
         length = min(LENGTH, (context or LENGTH + 1) - 1)  # an engine may have to sample one more token
         vocabulary = self.token_logprobs.backbone.vocabulary
         self.rows = torch.randint(vocabulary, (ROWS, length), generator=torch.Generator().manual_seed(0))

@@ -256,7 +256,7 @@ class ModelSampler:
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         if sampler.engine is not None:
             own = sampler._build_engine(sampler.engine, model)
-            canary = Canary(own, model, self.context, max_tokens) if isinstance(own, ScoringEngine) else None
+            canary = Canary(own, model, self.context, max_tokens_per_batch) if isinstance(own, ScoringEngine) else None
             self.engine = LeaderEngine(own, canary)
             self.engine.check(self.params)
         else:
