@@ -163,7 +163,11 @@ class RolloutProducer:
         Args:
             first: Index of the first round that has not been trained on.
         """
-        rounds, version, weights = ([], None, None) if self._thread is None else self._thread.state(first)
+        thread = self._thread
+        rounds, is_unfinished = ([], False) if thread is None else thread.state(first)
+        # The first rank writes the checkpoint, also if only another one has an unfinished round.
+        keeps = any(gather(is_unfinished))
+        version, weights = thread.loaded() if thread and keeps else (None, None)
         return {"rounds": gather(rounds), "version": version, "weights": weights}
 
     def load_state_dict(self, state: ProducerState, rank: int, world: int) -> None:
@@ -282,14 +286,18 @@ class _Thread:
             self.is_paused = False
             self.changed.notify_all()
 
-    def state(self, first: int) -> tuple[list[dict[str, Any]], int | None, dict[str, Tensor] | None]:
-        """The values of a `ProducerState`, with the rounds of this rank."""
+    def state(self, first: int) -> tuple[list[dict[str, Any]], bool]:
+        """The rounds that were sampled and not yet trained on, and whether the loaded weights sample another one."""
         with self.changed:
             rounds = [asdict(_unrewarded(self.finished[index])) for index in sorted(self.finished) if index >= first]
             begun = self.sampling if self.sampling is not None else self.waiting[0][0] if self.waiting else None
-            if begun is None or self.version is None or not self._may_sample(begun, self.version):
-                return rounds, None, None
-            return rounds, self.version, self.producer.copy.loaded()
+            is_unfinished = begun is not None and self.version is not None and self._may_sample(begun, self.version)
+            return rounds, is_unfinished
+
+    def loaded(self) -> tuple[int | None, dict[str, Tensor]]:
+        """Version of the weights in the copy, and a copy of them."""
+        with self.changed:
+            return self.version, self.producer.copy.loaded()
 
     # -- called by either thread, with the lock -------------------------------------------------------------------
 

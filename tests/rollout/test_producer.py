@@ -284,6 +284,27 @@ def test_checkpoint_without_rounds_ahead_resumes(base: str, tmp_path: Path) -> N
         assert sorted((first.prompts + second.prompts).values()) == [1] * 5
 
 
+def test_weights_are_kept_for_an_unfinished_round_of_another_rank(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = [False]
+    gathered = lambda value: [value, others[0]] if isinstance(value, bool) else [value]  # noqa: E731
+    monkeypatch.setattr("rlhf_lightning.rollout.producer.gather", gathered)
+    engine, states = ExternalEngine(), list[Any]()
+
+    def act(index: int) -> None:
+        while len(engine.calls) < index + 2:
+            threading.Event().wait(0.01)
+        for others[0] in (False, True):
+            states.append(module.producer.state_dict(index + 1))
+        raise LookupError("enough")
+
+    module: Any = policy(base, 1, engine)
+    with pytest.raises(LookupError, match="enough"):
+        training(tmp_path, callbacks=[Trained(act)]).fit(module, rows(4))
+    assert [(state["version"], state["weights"] is None) for state in states] == [(None, True), (0, False)]
+
+
 def test_run_with_a_smaller_maximum_samples_older_rounds_again(base: str, tmp_path: Path) -> None:
     trained = threading.Event()
 
