@@ -1,0 +1,477 @@
+"""`VLLMServer` with a local server that speaks vLLM's protocol; tests/generation/test_vllm_serve.py has a real one."""
+
+import copy
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_lightning import PolicyRLModule, PromptDataModule
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation import vllm_http, vllm_server
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams
+from rlhf_lightning.generation.vllm_server import ServerError, VLLMServer, VLLMServerEngine
+from rlhf_lightning.models.loading import Start
+from rlhf_lightning.models.lora import LoRA, named_weights
+from rlhf_lightning.rewards import FunctionReward
+from rlhf_lightning.settings import describe
+from tests.helpers.cli import write_yaml
+from tests.helpers.modules import vowels
+from tests.helpers.resume import config, result
+from tests.helpers.rows import prompts
+from tests.helpers.runs import Run
+from tests.helpers.training import sgd, trainer
+from tests.helpers.vllm_server import Answer, Drop, FakeServer
+
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [40], [8, 8], [21, 22, 23]]
+SEEDS = [3, 1, 4, 1, 5]
+PARAMS = SamplingParams(8)
+GENERATE = "/inference/v1/generate"
+
+
+@pytest.fixture(autouse=True)
+def short_delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vllm_server, "DELAYS", (0.02, 0.1))
+
+
+@pytest.fixture
+def serve(model: Any, tokenizer: Any) -> Iterator[Callable[..., FakeServer]]:
+    """Starts servers, and stops them after the test."""
+    servers: list[FakeServer] = []
+
+    def start(**options: Any) -> FakeServer:
+        servers.append(FakeServer(options.pop("model", model), tokenizer.decode, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if not server.dead:
+            server.kill()
+
+
+@pytest.fixture
+def policy(model: Any) -> Any:
+    """A LoRA policy whose adapter changes its outputs."""
+    torch.manual_seed(3)
+    adapted = Start(copy.deepcopy(model), lora=LoRA(rank=4, target=["attention", "mlp"])).load().eval()
+    change(adapted)
+    return adapted
+
+
+@torch.no_grad()
+def change(adapted: Any) -> None:
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.normal_(0, 0.2)
+
+
+@pytest.fixture
+def connect(policy: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., VLLMServerEngine]:
+    """Connects a policy to servers."""
+
+    def build(*servers: FakeServer, model: Any = policy, **options: Any) -> VLLMServerEngine:
+        options = {"folder": str(tmp_path / "weights"), "timeout": 20.0, "patience": 20.0, **options}
+        return VLLMServer([server.url for server in servers], **options).build(model, Renderer(tokenizer))
+
+    return build
+
+
+def check(engine: VLLMServerEngine, policy: Any, tokenizer: Any) -> None:
+    """The servers sample what the policy does in this process."""
+    wanted = LocalEngine(policy, tokenizer.decode).generate(PROMPTS, PARAMS, SEEDS)
+    for found, one in zip(engine.generate(PROMPTS, PARAMS, SEEDS), wanted, strict=True):
+        assert (found.ids, found.stop_reason) == (one.ids, one.stop_reason)
+        assert found.logprobs == pytest.approx(one.logprobs, abs=1e-4)
+
+
+def sync(engine: VLLMServerEngine, policy: Any, version: int = 0) -> None:
+    engine.sync(named_weights(policy), version)
+
+
+def test_adapter_of_each_round(serve: Any, connect: Any, policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """Samples with the newest adapter; earlier ones are unloaded and deleted, those of an interrupted run, too."""
+    servers = [serve(), serve()]
+    (tmp_path / "weights" / "rlhf-policy-0-1-round-7").mkdir(parents=True)
+    (tmp_path / "weights" / "mine").mkdir()
+    engine = connect(*servers)
+    for version in (0, 1):
+        change(policy)
+        sync(engine, policy, version)
+        check(engine, policy, tokenizer)
+        (name,) = servers[0].adapters
+        assert name.endswith(f"-round-{version}")
+        assert [*servers[1].adapters] == [name]
+        folders = {path.name for path in (tmp_path / "weights").iterdir() if path.is_dir()}
+        assert folders == {name, "mine"}
+    assert min(server.requests[GENERATE] for server in servers) > 3, "both servers sample"
+
+
+def test_all_weights(serve: Any, connect: Any, model: Any, policy: Any, tokenizer: Any) -> None:
+    server = serve()
+    engine = connect(server, lora_sync="merged")
+    sync(engine, policy)
+    assert not server.adapters
+    check(engine, policy, tokenizer)
+    trained = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    engine = connect(server, model=trained)
+    sync(engine, trained, 1)
+    check(engine, trained, tokenizer)
+    server.weights = "default"  # as after a restart
+    assert sum(1 for _ in engine.generate(PROMPTS, PARAMS, SEEDS)) == len(PROMPTS)
+    assert server.weights.endswith("-round-1")
+
+
+def test_stops_and_settings_reach_the_server(serve: Any, connect: Any, policy: Any, tokenizer: Any) -> None:
+    engine = connect(serve(raw=True))
+    sync(engine, policy)
+    params = SamplingParams(20, 2, 1.0, 0.8, 9, 0.01, tuple(range(0, 300, 7)), ("e", "th"))
+    engine.eos = params.stop_token_ids[0]
+    wanted = LocalEngine(policy, tokenizer.decode).generate(PROMPTS, params, SEEDS)
+    found = engine.generate(PROMPTS, params, SEEDS)
+    assert [one.ids for one in found] == [one.ids for one in wanted]
+    assert {one.stop_reason for one in found} == {"stop"}
+
+
+def test_server_that_is_killed_in_mid_round(serve: Any, connect: Any, policy: Any, tokenizer: Any) -> None:
+    """Its requests go to the other server; when it is back, it gets the weights before it samples."""
+    first, second = serve(), serve()
+    engine = connect(first, second, max_in_flight=2)
+    sync(engine, policy)
+    back: list[FakeServer] = []
+
+    def crash(path: str, body: Any) -> None:
+        if path == GENERATE and not first.dead:
+            first.kill()
+            threading.Timer(0.1, lambda: back.append(serve(port=first.port))).start()
+        if first.dead:
+            raise Drop
+
+    first.before = crash
+    second.before = lambda path, body: time.sleep(0.1 if path == GENERATE else 0)
+    rows = PROMPTS * 6
+    wanted = LocalEngine(policy, tokenizer.decode).generate(rows, PARAMS, range(30))
+    assert [one.ids for one in engine.generate(rows, PARAMS, range(30))] == [one.ids for one in wanted]
+    assert back[0].requests[GENERATE] > 3, "it samples again in this round"
+    assert [*back[0].adapters] == [*second.adapters]
+
+
+def test_only_server_is_restarted(serve: Any, connect: Any, policy: Any, tokenizer: Any) -> None:
+    first = serve()
+    engine = connect(first)
+    sync(engine, policy)
+    first.kill()
+    timer = threading.Timer(0.3, lambda: serve(port=first.port))
+    timer.start()
+    check(engine, policy, tokenizer)
+    timer.join()
+
+
+def test_server_that_is_away_during_a_sync(
+    serve: Any, connect: Any, policy: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    first, second = serve(), serve()
+    engine = connect(first, second)
+    second.kill()
+    sync(engine, policy)
+    assert "it gets the weights when it answers again" in caplog.text
+    again = serve(port=second.port)
+    check(engine, policy, tokenizer)
+    for _ in range(50):
+        engine.generate(PROMPTS, PARAMS, SEEDS)
+        if again.requests[GENERATE] > 3:
+            break
+    assert [*again.adapters] == [*first.adapters]
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [Drop(), Answer(500, {"error": {"message": "CUDA error"}}), Answer(503, "busy"), Answer(200, {"model": "old"})],
+    ids=["dropped connection", "500", "503", "other weights"],
+)
+def test_failures_that_pass(failure: Exception, serve: Any, connect: Any, policy: Any, tokenizer: Any) -> None:
+    server = serve()
+    engine = connect(server)
+    sync(engine, policy)
+    left = [2]
+
+    def fail(path: str, body: Any) -> None:
+        if path == GENERATE and body["model"] != "base" and left[0]:
+            left[0] -= 1
+            raise failure
+
+    server.before = fail
+    check(engine, policy, tokenizer)
+    assert left == [0]
+
+
+def test_failures_that_stay(serve: Any, connect: Any, policy: Any) -> None:
+    server = serve()
+    engine = connect(server, timeout=0.3)
+    sync(engine, policy)
+
+    def crash(path: str, body: Any) -> None:
+        if path == GENERATE and body["token_ids"] == PROMPTS[1]:
+            raise Answer(500, {"error": {"message": "CUDA error\n\x1b[31m"}})
+
+    server.before = crash
+    with pytest.raises(ServerError, match=r"a prompt of 5 tokens failed 4 times.*500: CUDA error"):
+        engine.generate(PROMPTS, PARAMS, SEEDS)
+    server.before = lambda path, body: time.sleep(2 if path == GENERATE and body["model"] != "base" else 0)
+    with pytest.raises(ServerError, match=r"did not answer /inference/v1/generate within 0.3 s.*raise sampler"):
+        engine.generate(PROMPTS[:1], PARAMS, SEEDS[:1])
+
+
+def test_no_server_answers(serve: Any, connect: Any, policy: Any) -> None:
+    server = serve()
+    engine = connect(server, patience=0.3)
+    sync(engine, policy)
+    server.kill()
+    for call in (
+        lambda: engine.generate(PROMPTS, PARAMS, SEEDS),
+        lambda: sync(engine, policy),
+        lambda: connect(server, patience=0.1),
+    ):
+        started = time.monotonic()
+        with pytest.raises(ServerError, match=f"no server.*{server.url} cannot be reached"):
+            call()
+        assert time.monotonic() - started < 5
+
+
+def test_an_interruption_ends_the_requests(serve: Any, connect: Any, policy: Any, monkeypatch: Any) -> None:
+    server = serve()
+    engine = connect(server)
+    sync(engine, policy)
+    server.before = lambda path, body: time.sleep(3 if path == GENERATE else 0)
+
+    def leave() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vllm_server, "safe_point", leave)
+    started, threads = time.monotonic(), threading.active_count()
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(PROMPTS, PARAMS, SEEDS)
+    assert time.monotonic() - started < 2
+    assert threading.active_count() <= threads + 5, "only the server's threads are left"
+
+
+def test_requests_in_flight(serve: Any, connect: Any, policy: Any) -> None:
+    server = serve()
+    engine = connect(server, max_in_flight=3)
+    sync(engine, policy)
+    engine.generate(PROMPTS * 5, PARAMS, range(25))
+    assert server.most == 3
+
+
+def test_key(
+    serve: Any, connect: Any, policy: Any, tokenizer: Any, monkeypatch: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = serve(key="sesame-7")
+    for key, message in (
+        (None, "but it is empty"),
+        ("wrong-8", "but the key in it is refused"),
+        ("a\nb", "characters"),
+    ):
+        monkeypatch.delenv("VLLM_API_KEY", raising=False)
+        if key:
+            monkeypatch.setenv("VLLM_API_KEY", key)
+        with pytest.raises(ConfigError, match=f"VLLM_API_KEY.*{message}") as caught:
+            connect(server)
+        assert not key or key not in str(caught.value)
+    monkeypatch.setenv("MY_KEY", "sesame-7")
+    engine = connect(server, key_variable="MY_KEY")
+    sync(engine, policy)
+    check(engine, policy, tokenizer)
+    assert "sesame" not in f"{caplog.text}{describe(engine.settings)}{vars(engine)}"
+    with pytest.raises(ConfigError, match="has a user name or password") as caught:
+        VLLMServer("http://me:sesame-7@host:8000", "/tmp/weights")
+    assert "sesame" not in str(caught.value)
+
+
+UNFIT: dict[str, tuple[dict[str, Any], str]] = {
+    "other server": ({"version": None}, "training needs `vllm serve`"),
+    "older release": ({"version": "0.11.2"}, r"vLLM 0\.11\.2 serves http.*, but at least 0\.32 is needed"),
+    "room": ({"context": 8}, "sampler.max_tokens is 8, but the servers have room for 8 tokens"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), UNFIT.values(), ids=UNFIT)
+def test_servers_that_do_not_fit(
+    options: dict[str, Any], message: str, serve: Any, policy: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    settings = VLLMServer(serve(**options).url, str(tmp_path))
+    with pytest.raises(ConfigError, match=message):
+        Sampler(max_tokens=8, engine=settings).build(policy, Renderer(tokenizer))
+
+
+@pytest.mark.parametrize(("rows", "size"), [(-8, "smaller"), (8, "larger")])
+def test_other_vocabularies(rows: int, size: str, serve: Any, connect: Any, model: Any) -> None:
+    other = copy.deepcopy(model)
+    other.resize_token_embeddings(other.config.vocab_size + rows)
+    with pytest.raises(ConfigError, match=f"the vocabulary of base at .* is {size} than the policy's"):
+        connect(serve(model=other))
+
+
+def test_logprobs_modes(serve: Any, connect: Any, policy: Any, tokenizer: Any) -> None:
+    with pytest.raises(ConfigError, match="the servers differ in --logprobs-mode"):
+        connect(serve(raw=True), serve())
+    first = serve()
+    engine = connect(first)
+    for params, message in (
+        (SamplingParams(4, top_k=3), "sampler.top_k.*set --logprobs-mode raw_logprobs"),
+        (SamplingParams(4, min_tokens=2), "sampler.min_tokens"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            engine.check(params)
+    with pytest.raises(ConfigError, match=r"sampler.temperature is 0.7.*set --logprobs-mode processed_logprobs"):
+        connect(serve(raw=True)).check(SamplingParams(4, temperature=0.7))
+    sync(engine, policy)
+    first.kill()
+    serve(port=first.port, raw=True)
+    with pytest.raises(ConfigError, match="was restarted with another --logprobs-mode"):
+        engine.generate(PROMPTS, PARAMS, SEEDS)
+
+
+def test_adapters_that_cannot_be_loaded(serve: Any, connect: Any, policy: Any, model: Any) -> None:
+    server = serve()
+    engine = connect(server)
+
+    def refuse(path: str, body: Any) -> None:
+        if path == "/v1/load_lora_adapter":
+            raise Answer(500, {"error": {"message": "LoRA rank 4 is greater than max_lora_rank 2"}})
+
+    server.before = refuse
+    with pytest.raises(ConfigError, match=r"adapter cannot be loaded.*rank 4 is greater than max_lora_rank 2"):
+        sync(engine, policy)
+
+    def missing(path: str, body: Any) -> None:
+        if path == "/v1/load_lora_adapter":
+            raise Answer(404, {"detail": "Not Found"})
+
+    server.before = missing
+    with pytest.raises(ConfigError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"):
+        sync(engine, policy)
+    start = Start(copy.deepcopy(model), lora=LoRA(rank=4)).load()
+    start.peft_config["default"].use_dora = True
+    with pytest.raises(ConfigError, match=r"set sampler.engine.lora_sync: merged"):
+        connect(server, model=start)
+
+
+def test_weights_that_cannot_be_written(tmp_path: Path) -> None:
+    """All tensors are taken first, because other ranks gather them together with this one."""
+    (tmp_path / "file").touch()
+    writer = vllm_server.Writer(tmp_path / "file" / "name", None)
+    writer.add("weight", torch.zeros(2))
+    with pytest.raises(ConfigError, match=r"sampler.engine.folder: .* cannot be written to"):
+        writer.finish()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": []}, "at least one server"),
+        ({"url": ["http://a:1", "http://a:1/"]}, "none twice"),
+        ({"url": "a:8000"}, "must be http://HOST:PORT"),
+        ({"max_in_flight": 0}, "sampler.engine.max_in_flight is 0"),
+        ({"timeout": 0}, "sampler.engine.timeout is 0"),
+        ({"lora_sync": "both"}, "sampler.engine.lora_sync is 'both'"),
+    ],
+)
+def test_invalid_settings(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VLLMServer(**{"url": "http://a:1", "folder": "/x", **options})
+
+
+def test_messages_of_the_server() -> None:
+    for text, wanted in (
+        (b'{"error": {"message": "a\\nb"}}', "a b"),
+        (b'{"error": "c"}', "c"),
+        (b'{"detail": [1]}', "[1]"),
+        (b"\xff", "�"),
+        (b"", "no message"),
+    ):
+        assert vllm_http._reason(text) == wanted
+
+
+def test_policy_rl_with_a_server_that_is_killed(
+    serve: Any, base: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three rounds; in the second the only server is killed, and started again without the adapter."""
+    from transformers import AutoModelForCausalLM
+
+    served = AutoModelForCausalLM.from_pretrained(base).eval()
+    server = serve(model=served, context=256)
+    restarted: list[FakeServer] = []
+
+    def crash(path: str, body: Any) -> None:
+        if path == GENERATE and body["model"].endswith("-round-1"):
+            server.kill()
+            restarted.append(serve(model=served, context=256, port=server.port))
+            server.before = lambda path, body: None
+            raise Drop
+
+    server.before = crash
+    module = PolicyRLModule(
+        base,
+        lora=LoRA(rank=4),
+        rewards=[FunctionReward(vowels)],
+        sampler=Sampler(max_tokens=6, engine=VLLMServer(server.url, str(tmp_path / "weights"))),
+        optimizer=sgd(1.0),
+    )
+    gaps: list[float] = []
+    module.on_train_batch_end = lambda *_: gaps.append(float(fit.callback_metrics["train/logprob_gap"]))
+    fit = trainer(tmp_path)
+    fit.fit(module, PromptDataModule(prompts(6), prompts_per_round=2, group_size=3, seed=1))
+    assert len(gaps) == 3
+    assert max(gaps) < 1e-4
+    assert restarted[0].requests[GENERATE] > 6
+    assert [name.rpartition("-")[2] for name in restarted[0].adapters] == ["2"]
+    assert "has loaded the weights" in caplog.text
+
+
+@pytest.mark.slow  # three runs, half a minute
+def test_trainer_that_is_killed_in_mid_round(serve: Any, base: str, tmp_path: Path) -> None:
+    """Resumed, it ends like an uninterrupted run, and removes what the killed one has left on the server."""
+    from transformers import AutoModelForCausalLM
+
+    served = AutoModelForCausalLM.from_pretrained(base).eval()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    engine = {
+        "class_path": "rlhf_lightning.generation.vllm_server.VLLMServer",
+        "init_args": {"url": f"http://127.0.0.1:{port}", "folder": str(tmp_path / "weights")},
+    }
+    over = write_yaml(tmp_path / "engine.yaml", {"model": {"lora": {"rank": 4}, "sampler": {"engine": engine}}})
+    command = [*config("policy", base, tmp_path), "-c", over, "--trainer.max_epochs", "1"]
+
+    def run(name: str, kill: bool = False) -> int:
+        # The server starts after the fork, because a forked process has none of its threads.
+        process = Run([*command, "--trainer.default_root_dir", str(tmp_path / name)], tmp_path / f"{name}.txt")
+        server = serve(model=served, port=port, context=256)
+
+        def end(path: str, body: Any) -> None:
+            if kill and path == GENERATE and body["model"].endswith("-round-2"):
+                process.send(signal.SIGKILL)
+
+        server.before = end
+        code = process.wait()
+        assert len(server.adapters) == 1
+        server.kill()
+        return code
+
+    assert run("whole") == 0
+    assert run("resumed", kill=True) == -signal.SIGKILL
+    assert run("resumed") == 0
+    assert result(tmp_path / "resumed") == result(tmp_path / "whole")
+    assert len([path for path in (tmp_path / "weights").iterdir() if path.is_dir()]) == 1

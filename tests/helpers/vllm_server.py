@@ -1,0 +1,200 @@
+"""A server in this process that speaks the protocol of `vllm serve` 0.32, and samples with the built-in engine."""
+
+import copy
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.token_sampling import SamplingParams
+
+
+class Drop(Exception):
+    """Raised by `FakeServer.before` to close the connection without an answer."""
+
+
+class Answer(Exception):
+    """Raised by `FakeServer.before` to answer with a status and an object."""
+
+    def __init__(self, status: int, body: Any) -> None:
+        self.status, self.body = status, body
+
+
+class FakeServer:
+    """Serves a model, and the adapters that are loaded.
+
+    Args:
+        model: The served model.
+        decode: Maps token ids to text.
+        port: Port; 0 for a free one.
+        key: Key that `/v1` and `/inference` require, as with `--api-key`.
+        raw: As with `--logprobs-mode raw_logprobs`.
+        context: As with `--max-model-len`.
+        version: Version that it reports; None for a server that is not vLLM.
+
+    Attributes:
+        before: Called with path and body before a request is answered; may raise `Drop` or `Answer`, or wait.
+        requests: Number of requests of each path.
+        most: Largest number of responses that were sampled at the same time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        decode: Any,
+        port: int = 0,
+        key: str | None = None,
+        raw: bool = False,
+        context: int = 64,
+        version: str | None = "0.32.0",
+    ) -> None:
+        self.model, self.decode, self.key, self.raw, self.context = copy.deepcopy(model), decode, key, raw, context
+        self.version, self.adapters, self.paths, self.weights = version, {}, {}, "default"
+        self.before: Callable[[str, dict[str, Any]], None] = lambda path, body: None
+        self.requests: Counter[str] = Counter()
+        self.now = self.most = 0
+        self.lock, self.sampling = threading.Lock(), threading.Lock()
+        fake = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                fake.answer(self)
+
+            do_POST = do_GET  # noqa: N815 - the name that the base class calls
+
+            def log_message(self, *_: Any) -> None: ...
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http.daemon_threads = True
+        self.port = self.http.server_port
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.dead = False
+        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+
+    def kill(self) -> None:
+        """Stop at once: open connections get no answer, new ones are refused."""
+        self.dead = True
+        self.http.shutdown()
+        self.http.server_close()
+
+    def answer(self, handler: BaseHTTPRequestHandler) -> None:
+        body = json.loads(handler.rfile.read(int(handler.headers.get("Content-Length") or 0)) or "{}")
+        with self.lock:
+            self.requests[handler.path] += 1
+        try:
+            guarded = handler.path.startswith(("/v1", "/inference"))
+            if self.key and guarded and handler.headers.get("Authorization") != f"Bearer {self.key}":
+                raise Answer(401, {"error": "Unauthorized"})
+            self.before(handler.path, body)
+            status, found = 200, self.reply(handler.path, body)
+        except Answer as answer:
+            status, found = answer.status, answer.body
+        except Drop:
+            return
+        if self.dead:
+            return
+        text = found.encode() if isinstance(found, str) else json.dumps(found).encode()
+        with suppress(ConnectionError):  # the client has stopped waiting
+            handler.send_response(status)
+            handler.send_header("Content-Length", str(len(text)))
+            handler.end_headers()
+            handler.wfile.write(text)
+
+    def reply(self, path: str, body: dict[str, Any]) -> Any:
+        if path == "/version" and self.version:
+            return {"version": self.version}
+        if path == "/v1/models":
+            base = {"id": "base", "owned_by": "vllm" if self.version else "other", "root": "base", "parent": None}
+            loaded = [{"id": name, "root": self.paths[name], "parent": "base"} for name in self.adapters]
+            return {"data": [{**base, "max_model_len": self.context}, *loaded]}
+        if path == "/v1/load_lora_adapter":
+            name, folder = body["lora_name"], body["lora_path"]
+            if name in self.adapters:
+                raise Answer(400, _error(f"The lora adapter '{name}' has already been loaded."))
+            if not Path(folder).is_dir():
+                raise Answer(404, _error(f"No adapter found for {folder}"))
+            adapted = PeftModel.from_pretrained(copy.deepcopy(self.model), folder).eval()
+            self.adapters[name], self.paths[name] = adapted, folder
+            return f"Success: LoRA adapter '{name}' added successfully."
+        if path == "/v1/unload_lora_adapter":
+            del self.adapters[body["lora_name"]]
+            return "Success"
+        if path == "/collective_rpc":
+            assert body["method"] == "reload_weights"
+            for file in Path(body["kwargs"]["weights_path"]).glob("*.safetensors"):
+                self.model.load_state_dict(load_file(file), strict=False)
+            return {"results": [None]}
+        if path == "/reset_prefix_cache":
+            return {"success": True}
+        if path == "/update_weight_version":
+            self.weights = body["new_version"]
+            return {"success": True}
+        if path == "/inference/v1/generate":
+            with self.lock:
+                self.now += 1
+                self.most = max(self.most, self.now)
+            try:
+                return self.sample(body)
+            finally:
+                with self.lock:
+                    self.now -= 1
+        raise Answer(404, {"detail": "Not Found"})
+
+    def sample(self, body: dict[str, Any]) -> Any:
+        name, ids, given = body["model"], body["token_ids"], body["sampling_params"]
+        if name not in ("base", *self.adapters):
+            raise Answer(404, _error(f"The model `{name}` does not exist."))
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= vocabulary:
+            raise Answer(400, _error(f"Token id {max(ids)} is out of vocabulary"))
+        params = SamplingParams(
+            max_tokens=given["max_tokens"],
+            min_tokens=given.get("min_tokens", 0),
+            temperature=given.get("temperature", 1.0),
+            top_p=given.get("top_p", 1.0),
+            top_k=given.get("top_k", 0),
+            min_p=given.get("min_p", 0.0),
+            stop_token_ids=tuple(given.get("stop_token_ids") or ()),
+            stop_strings=tuple(given.get("stop") or ()),
+        )
+        model = self.adapters.get(name, self.model)
+        with self.sampling:
+            (found,) = LocalEngine(model, self.decode).generate([ids], params, [given.get("seed") or 0])
+        time.sleep(0.002)  # so that requests overlap
+        content = [
+            {"token_id": token, "logprob": logprob, "top_logprobs": [{"token_id": token, "logprob": logprob}]}
+            for token, logprob in zip(found.ids, found.logprobs, strict=True)
+        ]
+        if given["logprobs"] > 0:
+            other = -9999.0 if not self.raw and params.top_k == 1 else content[0]["logprob"] - 1
+            content[0]["top_logprobs"].append({"token_id": 0, "logprob": other})
+        choice = {
+            "index": 0,
+            "token_ids": found.ids,
+            "logprobs": {"content": content},
+            "finish_reason": found.stop_reason,
+            "weight_versions": [{"version": self.weights, "start": 0, "end": len(found.ids)}],
+        }
+        return {"model": name, "choices": [choice], "prompt_logprobs": self.prompt_logprobs(model, ids, given)}
+
+    @torch.no_grad()
+    def prompt_logprobs(self, model: Any, ids: list[int], given: dict[str, Any]) -> Any:
+        if given.get("prompt_logprobs") is None:
+            return None
+        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        rest = [{str(token): {"logprob": float(row[token])}} for token, row in zip(ids[1:], logprobs, strict=False)]
+        return [None, *rest]
+
+
+def _error(message: str) -> Any:
+    return {"error": {"message": message, "type": "BadRequestError"}}
