@@ -136,6 +136,17 @@ def test_overlays_are_merged_over_recipes(overlay: Path, recipe: str, capsys: py
     assert {key: printed[key] for key in {**under, **over}} == {**under, **over}
 
 
+def test_engine_overlay_is_merged_over_a_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    overlay = CONFIGS / "engine" / "vllm_server.yaml"
+    with pytest.raises(SystemExit) as stop:
+        StageCLI(KINDS["policy"], ["fit", "-c", str(CONFIGS / "policy.yaml"), "-c", str(overlay), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["sampler"]["init_args"]
+    under = read_mapping(CONFIGS / "policy.yaml")["model"]["sampler"]
+    assert {key: printed[key] for key in under} == under
+    assert printed["engine"]["init_args"]["url"] == ["http://127.0.0.1:8000"]
+
+
 def test_pipeline_takes_lists_and_overlays_of_configs() -> None:
     plan = read_plan(CONFIGS / "qwen3_full.yaml", overlays=[CONFIGS / "overlays" / "cpu.yaml"])
     assert [stage.settings["model"]["lora"] for stage in plan.stages] == [None] * 3
@@ -177,7 +188,7 @@ def keys(node: yaml.Node) -> Iterator[tuple[str, int]]:
 def test_every_key_has_a_comment() -> None:
     """The comment is on the line of the key or on the line before, in at least one of the files."""
     found: dict[str, bool] = {}
-    for path in [*RECIPES, *PIPELINES, *FULL, *(CONFIGS / "overlays").glob("*.yaml")]:
+    for path in [*RECIPES, *PIPELINES, *FULL, *CONFIGS.glob("overlays/*.yaml"), *CONFIGS.glob("engine/*.yaml")]:
         lines = path.read_text().splitlines()
         for key, line in keys(yaml.compose(path.read_text())):
             told = "#" in lines[line] or lines[line - 1].lstrip().startswith("#")
