@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.distributed import gather, is_distributed, safe_point
+from rlhf_lightning.distributed import gather, is_distributed, rank_count, safe_point
 from rlhf_lightning.errors import DTYPES, ConfigError, UserError, check_whole, first_line
 from rlhf_lightning.files import real_path, scratch_of
 from rlhf_lightning.generation.sampler import EngineSettings
@@ -714,6 +714,11 @@ class VLLMServerEngine:
             ConfigError: If the folder cannot be written, or a server cannot load the weights.
             ServerError: If no server answers.
         """
+        if rank_count() > 1 and threading.current_thread() is not threading.main_thread():
+            raise ConfigError(
+                "model.max_staleness: with sampler.engine VLLMServer, sampling while training works only with one "
+                "process (devices: 1), because all ranks share the servers' weights; set model.max_staleness: 0"
+            )
         self.syncs += 1
         name = f"{PREFIX}{self.run}-{self.syncs}-round-{version}"
         failure: UserError | None = None
@@ -736,11 +741,13 @@ class VLLMServerEngine:
                 self._each(partial(Server.load, weights=weights))
             except UserError as error:
                 failure = error
-        messages = [message for message in gather(str(failure) if failure else None, every=True) if message]
-        if messages:
-            raise failure or UserError(messages[0])
-        for server in self.servers if not _is_first_rank() else ():
-            server.holds = name
+        # The name is that of the first rank.
+        (weights, message), *_ = gather((weights, str(failure) if failure else None), every=True)
+        if message is not None:
+            raise failure or UserError(message)
+        if not _is_first_rank():
+            for server in self.servers:
+                server.holds = weights.name
         self.weights = weights
         if writer is not None:
             _delete_others(root, name)

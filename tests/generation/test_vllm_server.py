@@ -440,38 +440,58 @@ def test_policy_rl_with_a_server_that_is_killed(
     assert "has loaded the weights" in caplog.text
 
 
-@pytest.mark.slow  # three runs, half a minute
-def test_trainer_that_is_killed_in_mid_round(serve: Any, base: str, tmp_path: Path) -> None:
-    """Resumed, it ends like an uninterrupted run, and removes what the killed one has left on the server."""
-    from transformers import AutoModelForCausalLM
+class Runs:
+    """Runs of the command with a server that is started after each fork, because a forked process has no threads."""
 
-    served = AutoModelForCausalLM.from_pretrained(base).eval()
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    engine = {
-        "class_path": "rlhf_lightning.generation.vllm_server.VLLMServer",
-        "init_args": {"url": f"http://127.0.0.1:{port}", "folder": str(tmp_path / "weights")},
-    }
-    over = write_yaml(tmp_path / "engine.yaml", {"model": {"lora": {"rank": 4}, "sampler": {"engine": engine}}})
-    command = [*config("policy", base, tmp_path), "-c", over, "--trainer.max_epochs", "1"]
+    def __init__(self, serve: Any, base: str, folder: Path, devices: int = 1) -> None:
+        from transformers import AutoModelForCausalLM
 
-    def run(name: str, kill: bool = False) -> int:
-        # The server starts after the fork, because a forked process has none of its threads.
-        process = Run([*command, "--trainer.default_root_dir", str(tmp_path / name)], tmp_path / f"{name}.txt")
-        server = serve(model=served, port=port, context=256)
+        self.serve, self.folder = serve, folder
+        self.served = AutoModelForCausalLM.from_pretrained(base).eval()
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            self.port = free.getsockname()[1]
+        engine = {
+            "class_path": "rlhf_lightning.generation.vllm_server.VLLMServer",
+            "init_args": {"url": f"http://127.0.0.1:{self.port}", "folder": str(folder / "weights")},
+        }
+        over = write_yaml(folder / "engine.yaml", {"model": {"lora": {"rank": 4}, "sampler": {"engine": engine}}})
+        self.command = [*config("policy", base, folder, devices), "-c", over, "--trainer.max_epochs", "1"]
+
+    def run(self, name: str, kill: str | None = None) -> tuple[int, FakeServer]:
+        """Run in a folder; the trainer gets kill -9 at the first request for the weights named `kill`."""
+        root = ["--trainer.default_root_dir", str(self.folder / name)]
+        process = Run([*self.command, *root], self.folder / f"{name}.txt")
+        server = self.serve(model=self.served, port=self.port, context=256)
 
         def end(path: str, body: Any) -> None:
-            if kill and path == GENERATE and body["model"].endswith("-round-2"):
+            if path == GENERATE and kill and body["model"].endswith(kill):
                 process.send(signal.SIGKILL)
 
         server.before = end
         code = process.wait()
-        assert len(server.adapters) == 1
         server.kill()
-        return code
+        return code, server
 
-    assert run("whole") == 0
-    assert run("resumed", kill=True) == -signal.SIGKILL
-    assert run("resumed") == 0
+
+@pytest.mark.slow  # three runs, half a minute
+def test_trainer_that_is_killed_in_mid_round(serve: Any, base: str, tmp_path: Path) -> None:
+    """Resumed, it ends like an uninterrupted run, and removes what the killed one has left."""
+    runs = Runs(serve, base, tmp_path)
+    assert runs.run("whole")[0] == 0
+    assert runs.run("resumed", kill="-round-2")[0] == -signal.SIGKILL
+    assert runs.run("resumed")[0] == 0
     assert result(tmp_path / "resumed") == result(tmp_path / "whole")
     assert len([path for path in (tmp_path / "weights").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.slow  # ten seconds
+def test_two_ranks_share_the_servers(serve: Any, base: str, tmp_path: Path) -> None:
+    """The first rank passes the weights, both sample."""
+    runs = Runs(serve, base, tmp_path, devices=2)
+    code, server = runs.run("run")
+    assert code == 0
+    assert len(server.adapters) == 1
+    assert server.requests["/version"] == 2
+    loads = server.requests["/v1/load_lora_adapter"]
+    assert loads - server.requests["/v1/unload_lora_adapter"] == 1
+    assert loads >= 4
