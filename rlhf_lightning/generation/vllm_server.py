@@ -56,6 +56,8 @@ SYNCS = ("adapter", "merged")
 RAW, PROCESSED = "--logprobs-mode raw_logprobs", "--logprobs-mode processed_logprobs"
 UNKNOWN = -9999.0
 """What vLLM reports for a log-probability that is minus infinity or not a number."""
+WORKER = "rlhf_lightning.generation.vllm_worker.PolicyWorker"
+"""The methods that full weights need on a server."""
 SHARD = 4 * 2**30
 """Bytes per file of full weights."""
 
@@ -232,18 +234,19 @@ class Server:
 
     def _probe_logprobs(self) -> bool:
         """True if log-probabilities are computed before top-k, False if after it."""
-        probe: dict[str, JSON] = {"max_tokens": 1, "top_k": 1, "logprobs": 2, "seed": 0}
+        # Not top_k 1, with which vLLM takes the most likely token without removing the others.
+        probe: dict[str, JSON] = {"max_tokens": 1, "top_k": 2, "logprobs": 3, "seed": 0}
         (content,) = _contents(self._request([0], probe, self.model), self.url)
         ranks = content.get("top_logprobs")
         found = [one.get("logprob") for one in ranks if isinstance(one, dict)] if isinstance(ranks, list) else []
         numbers = [float(number) for number in found if isinstance(number, int | float)]
-        if len(numbers) < 2:
+        if len(numbers) < 3:
             raise ConfigError(f"sampler.engine: {self.url} does not report log-probabilities")
         if sum(math.exp(min(number, 700)) for number in numbers) > 1.001:
             raise ConfigError(
                 f"sampler.engine: {self.url} reports logits in place of log-probabilities; start it with {PROCESSED}"
             )
-        return min(numbers) > UNKNOWN  # top-k has removed the second token
+        return min(numbers) > UNKNOWN  # else top-k has removed the third token
 
     def _request(self, ids: Sequence[int], settings: dict[str, JSON], model: str) -> dict[str, JSON]:
         body: dict[str, JSON] = {"model": model, "token_ids": list(ids), "sampling_params": settings}
@@ -391,9 +394,17 @@ class Server:
         return {str(card.get("id")): str(card.get("root")) for card in rows if card.get("parent") is not None}
 
     def _load_all(self, weights: Weights) -> None:
-        self.endpoint.send(
-            "POST", "/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": weights.folder}}
-        )
+        try:
+            self.endpoint.send("POST", "/collective_rpc", {"method": "load_policy", "args": [weights.folder]})
+        except Unavailable as error:
+            # vLLM answers 500 to a method that it does not know and to weights that it cannot load; if it still answers
+            # other requests, one of these is the reason.
+            self.endpoint.send("GET", "/health")
+            raise ConfigError(
+                f"sampler.engine: the policy's weights cannot be loaded: {error}; check that the served model has the "
+                f"policy's architecture and sees the folder {weights.folder}, and that `vllm serve` was started with "
+                f"--worker-extension-cls {WORKER}"
+            ) from None
         if not self.endpoint.read("POST", "/reset_prefix_cache").get("success"):
             raise Unavailable(
                 f"{self.url} did not drop its cached prompts, whose keys belong to the old weights", False

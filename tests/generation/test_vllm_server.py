@@ -362,6 +362,14 @@ def test_adapters_that_cannot_be_loaded(serve: Any, connect: Any, policy: Any, m
     server.before = missing
     with pytest.raises(ConfigError, match="VLLM_ALLOW_RUNTIME_LORA_UPDATING=1 and --enable-lora"):
         sync(engine, policy)
+
+    def unknown(path: str, body: Any) -> None:
+        if path == "/collective_rpc":
+            raise Answer(500, {"error": {"message": "AttributeError: no method load_policy"}})
+
+    server.before = unknown
+    with pytest.raises(ConfigError, match=r"weights cannot be loaded: .*no method load_policy.*--worker-extension-cls"):
+        sync(connect(server, lora_sync="merged"), policy)
     start = Start(copy.deepcopy(model), lora=LoRA(rank=4)).load()
     start.peft_config["default"].use_dora = True
     with pytest.raises(ConfigError, match=r"set sampler.engine.lora_sync: merged"):

@@ -34,6 +34,7 @@ class VLLMServe:
         self.command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
         self.command += ["--enable-scale-out", "--enable-lora", "--max-lora-rank", "8", "--logprobs-mode", mode]
         self.command += ["--max-model-len", str(context), "--dtype", "float32", "--enforce-eager"]
+        self.command += ["--worker-extension-cls", "rlhf_lightning.generation.vllm_worker.PolicyWorker"]
         self.command += ["--block-size", "32", "--kv-cache-memory-bytes", str(2**26)]
         self.process: subprocess.Popen[bytes] | None = None
 

@@ -130,10 +130,13 @@ class FakeServer:
             del self.adapters[body["lora_name"]]
             return "Success"
         if path == "/collective_rpc":
-            assert body["method"] == "reload_weights"
-            for file in Path(body["kwargs"]["weights_path"]).glob("*.safetensors"):
+            if body["method"] != "load_policy":
+                raise Answer(500, {"error": "AttributeError"})
+            for file in Path(body["args"][0]).glob("*.safetensors"):
                 self.model.load_state_dict(load_file(file), strict=False)
             return {"results": [None]}
+        if path == "/health":
+            return ""
         if path == "/reset_prefix_cache":
             return {"success": True}
         if path == "/update_weight_version":
@@ -175,9 +178,9 @@ class FakeServer:
             {"token_id": token, "logprob": logprob, "top_logprobs": [{"token_id": token, "logprob": logprob}]}
             for token, logprob in zip(found.ids, found.logprobs, strict=True)
         ]
-        if given["logprobs"] > 0:
-            other = -9999.0 if not self.raw and params.top_k == 1 else content[0]["logprob"] - 1
-            content[0]["top_logprobs"].append({"token_id": 0, "logprob": other})
+        if given["logprobs"] == 3:
+            other = -9999.0 if not self.raw and params.top_k == 2 else content[0]["logprob"] - 9
+            content[0]["top_logprobs"] += [{"token_id": 0, "logprob": other}] * 2
         choice = {
             "index": 0,
             "token_ids": found.ids,
