@@ -1,7 +1,6 @@
 """A check after every sync of weights: trainer and engine score the same tokens, and must agree up to rounding."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
@@ -40,6 +39,18 @@ class ScoringEngine(Protocol):
 
         Returns:
             Log-probabilities under the full softmax at temperature 1, in nats.
+        """
+
+
+@runtime_checkable
+class SeveralCopies(ScoringEngine, Protocol):
+    """A `ScoringEngine` with several copies of the weights, for example on several servers."""
+
+    def score_each(self, rows: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+        """As `score`, with each copy.
+
+        Args:
+            rows: Token ids of each row, of at least two tokens.
         """
 
 
@@ -99,8 +110,17 @@ class Canary:
             SyncError: If rounding does not explain it, or the adapter has another scale.
         """
         ours = self._scores()
-        scores = run_on_leader(partial(self.engine.score, self.rows.tolist()))
-        theirs = torch.tensor(scores, dtype=torch.float32).flatten()
+        base = self._scores_of_base() if is_adapted(self.model) else None
+        found = run_on_leader(self._scores_of_engine)
+        return max(self._compare(ours, torch.tensor(scores).flatten(), base, version) for scores in found)
+
+    def _scores_of_engine(self) -> list[list[list[float]]]:
+        """The engine's log-probabilities of the tokens, for each of its copies of the weights."""
+        rows = self.rows.tolist()
+        engine = self.engine
+        return engine.score_each(rows) if isinstance(engine, SeveralCopies) else [engine.score(rows)]
+
+    def _compare(self, ours: Tensor, theirs: Tensor, base: Tensor | None, version: int) -> float:
         dtype = max(self.engine.dtype, compute_dtype(self.model), key=lambda one: torch.finfo(one).eps)
         gap, most = float((ours - theirs).abs().mean()), self.bound(ours, dtype)
         name = str(dtype).removeprefix("torch.")
@@ -111,8 +131,8 @@ class Canary:
                 "has other weights (older ones, another scale, another base) or computes another model; check "
                 "engine.model and its options"
             )
-        if is_adapted(self.model):
-            error, deviation = scale_error(ours, theirs, self._scores_of_base())
+        if base is not None:
+            error, deviation = scale_error(ours, theirs, base)
             if abs(error) > MOST_SCALE + DEVIATIONS * deviation:
                 raise SyncError(
                     f"sampler.engine: after the sync of version {version}, the adapter's effect in the engine is "

@@ -85,8 +85,8 @@ class EngineSettings(Settings):
             def __init__(self, url: str) -> None:
                 self.url = url
 
-            def build(self, model):
-                return ServerEngine(self.url)
+            def build(self, model, tokenizer):
+                return ServerEngine(self.url, tokenizer.decode)
         ```
     """
 
@@ -98,11 +98,12 @@ class EngineSettings(Settings):
         """
         return False
 
-    def build(self, model: "PreTrainedModel | PeftModel") -> Engine:
+    def build(self, model: "PreTrainedModel | PeftModel", tokenizer: Tokenizer) -> Engine:
         """Create the engine of a policy.
 
         Args:
             model: The policy.
+            tokenizer: Its tokenizer.
 
         Raises:
             ConfigError: If the engine cannot hold its weights.
@@ -182,12 +183,14 @@ class Sampler(Settings):
         """Temperature of the softmax."""
         return self.params.temperature
 
-    def _build_engine(self, engine: Engine | EngineSettings, model: "PreTrainedModel | PeftModel") -> Engine:
+    def _build_engine(
+        self, engine: Engine | EngineSettings, model: "PreTrainedModel | PeftModel", tokenizer: Tokenizer
+    ) -> Engine:
         """The engine; settings build it once, so that all samplers of this object share it."""
         if not isinstance(engine, EngineSettings):
             return engine
         if self._built is None:
-            self._built = engine.build(model)
+            self._built = engine.build(model, tokenizer)
         return self._built
 
     def warn_of_bias(self) -> None:
@@ -255,7 +258,7 @@ class ModelSampler:
         config = base_of(model).config.get_text_config()
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         if sampler.engine is not None:
-            own = sampler._build_engine(sampler.engine, model)
+            own = sampler._build_engine(sampler.engine, model, renderer.tokenizer)
             canary = Canary(own, model, self.context, max_tokens_per_batch) if isinstance(own, ScoringEngine) else None
             self.engine = LeaderEngine(own, canary)
             self.engine.check(self.params)

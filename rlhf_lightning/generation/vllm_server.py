@@ -16,7 +16,7 @@ import threading
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,17 +29,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import gather, is_distributed, rank_count, safe_point
-from rlhf_lightning.errors import DTYPES, ConfigError, UserError, check_whole, first_line
+from rlhf_lightning.errors import ConfigError, UserError, check_whole, first_line
 from rlhf_lightning.files import real_path, scratch_of
+from rlhf_lightning.generation.policy_weights import PolicyWeights, write_adapter
 from rlhf_lightning.generation.sampler import EngineSettings
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts
 from rlhf_lightning.generation.vllm_http import Endpoint, NotFound, Unavailable
 from rlhf_lightning.generation.vllm_requests import check_settings, check_version, completion, request_settings
-from rlhf_lightning.models.lora import base_of, is_adapted, simple
+from rlhf_lightning.models.lora import base_of, is_adapted
 from rlhf_lightning.run_folder import claim
-from rlhf_lightning.types import JSON, Completion
+from rlhf_lightning.types import JSON, Completion, Tokenizer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -53,6 +53,7 @@ ATTEMPTS = 4
 DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Seconds between attempts to reach a server; the last one repeats."""
 SYNCS = ("adapter", "merged")
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RAW, PROCESSED = "--logprobs-mode raw_logprobs", "--logprobs-mode processed_logprobs"
 UNKNOWN = -9999.0
 """What vLLM reports for a log-probability that is minus infinity or not a number."""
@@ -113,8 +114,8 @@ class VLLMServer(EngineSettings):
         self.urls = [one.rstrip("/") for one in ([url] if isinstance(url, str) else url)]
         if not self.urls or len(set(self.urls)) < len(self.urls):
             raise ConfigError(f"sampler.engine.url is {url!r}; it must name at least one server, and none twice")
-        if dtype not in DTYPES:
-            raise ConfigError(f"sampler.engine.dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}")
+        if dtype not in PRECISIONS:
+            raise ConfigError(f"sampler.engine.dtype is {dtype!r}; it must be one of {', '.join(PRECISIONS)}")
         self.folder, self.dtype, self.lora_sync, self.max_in_flight = folder, dtype, lora_sync, max_in_flight
         self.timeout, self.patience, self.key_variable = timeout, patience, key_variable
         self.endpoints()
@@ -132,18 +133,18 @@ class VLLMServer(EngineSettings):
         """
         return [Endpoint(url, self.key_variable, self.timeout) for url in self.urls]
 
-    def build(self, model: "PreTrainedModel | PeftModel", renderer: Renderer) -> "VLLMServerEngine":
+    def build(self, model: "PreTrainedModel | PeftModel", tokenizer: Tokenizer) -> "VLLMServerEngine":
         """Connect to the servers.
 
         Args:
             model: The policy.
-            renderer: The policy's renderer.
+            tokenizer: Its tokenizer.
 
         Raises:
             ConfigError: If a server does not fit the policy.
             ServerError: If no server answers.
         """
-        return VLLMServerEngine(self, model, renderer)
+        return VLLMServerEngine(self, model, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -257,9 +258,14 @@ class Server:
         try:
             reply = self._request(ids, settings, weights.name if weights.adapter else self.model)
         except NotFound as error:
+            self.holds = None
             raise Unavailable(f"{error}; it was probably restarted", began=False) from None
+        except Unavailable:
+            self.holds = None
+            raise
         versions = {reply.get("model")} if weights.adapter else _versions(reply)
         if versions != {weights.name}:
+            self.holds = None
             raise Unavailable(f"{self.url} sampled with other weights ({versions}); it was probably restarted", False)
         return reply
 
@@ -319,29 +325,42 @@ class Server:
             found.append(scores)
         return found
 
-    def restore(self, weights: Weights, patience: float, stop: threading.Event) -> None:
+    def restore(self, weights: Weights, patience: float, stop: threading.Event, reason: str) -> None:
         """Wait until the server answers, and load the weights unless it holds them.
 
         Args:
             weights: The weights.
             patience: Seconds to wait.
             stop: Ends the wait.
+            reason: Why it has to be restored, for the log.
 
         Raises:
             Unavailable: If it does not answer in time.
             ConfigError: If it cannot load them, or its model does not fit.
         """
 
-        def load() -> None:
+        with self._lock:  # all threads of this server wait here while the first of them restores it
+            if self._lost_at is None and self.holds != weights.name:
+                self._lost_at = time.monotonic()
+                log.warning("%s; its requests go to the other servers until it has the weights again", reason)
+            retry(partial(self.ensure, weights), (self._lost_at or time.monotonic()) + patience, stop)
+            if self.holds == weights.name:
+                self._lost_at = None
+
+    def ensure(self, weights: Weights) -> None:
+        """Load the weights unless the server was seen to hold them.
+
+        Args:
+            weights: The weights.
+
+        Raises:
+            Unavailable: If the server does not answer.
+            ConfigError: If it cannot load them, or its model does not fit.
+        """
+        if self.holds != weights.name:
             self.inspect()
             self.load(weights)
-            self._lost_at = None
             log.warning("%s answers again, and has loaded the weights %s", self.url, weights.name)
-
-        with self._lock:  # all threads of this server wait here while the first of them restores it
-            if self.holds != weights.name:
-                self._lost_at = self._lost_at or time.monotonic()
-                retry(load, self._lost_at + patience, stop)
 
     def load(self, weights: Weights) -> None:
         """Load weights, unless the server holds them, and unload those of earlier rounds.
@@ -584,18 +603,16 @@ class Requests:
             if self.stop.is_set():
                 return
             with self.changed:
-                self.waiting.appendleft(index)
                 self.failures[index] += error.began
+                if self.failures[index] == ATTEMPTS:
+                    raise ServerError(
+                        f"sampler.engine: a prompt of {len(self.prompts[index])} tokens failed {ATTEMPTS} times, the "
+                        f"last time because {error}; see the server's log, and raise sampler.engine.timeout if it is "
+                        "only slow"
+                    ) from None
+                self.waiting.appendleft(index)
                 self.changed.notify_all()
-            if self.failures[index] == ATTEMPTS:
-                raise ServerError(
-                    f"sampler.engine: a prompt of {len(self.prompts[index])} tokens failed {ATTEMPTS} times, the last "
-                    f"time because {error}; see the server's log, and raise sampler.engine.timeout if it is only slow"
-                ) from None
-            if server.holds is not None:
-                log.warning("%s; its requests go to the other servers until it has the weights again", error)
-            server.holds = None
-            server.restore(self.weights, self.patience, self.stop)
+            server.restore(self.weights, self.patience, self.stop, str(error))
             return
         with self.changed:
             self.results[index] = found
@@ -609,22 +626,23 @@ class VLLMServerEngine:
     Args:
         settings: The settings.
         model: The policy.
-        renderer: The policy's renderer.
+        tokenizer: Its tokenizer.
 
     Raises:
         ConfigError: If a server does not fit the policy.
         ServerError: If no server answers.
     """
 
-    def __init__(self, settings: VLLMServer, model: "PreTrainedModel | PeftModel", renderer: Renderer) -> None:
-        self.settings, self.model = settings, model
-        self.decode, self.eos = renderer.tokenizer.decode, renderer.tokenizer.eos_token_id
+    def __init__(self, settings: VLLMServer, model: "PreTrainedModel | PeftModel", tokenizer: Tokenizer) -> None:
+        self.settings = settings
+        self.dtype = PRECISIONS[settings.dtype]
+        self.decode, self.eos = tokenizer.decode, tokenizer.eos_token_id
         self.vocabulary = base_of(model).get_input_embeddings().weight.shape[0]
         self.adapter = settings.lora_sync == "adapter" and is_adapted(model)
-        if self.adapter and not simple(model.peft_config["default"]):
+        if self.adapter and (obstacles := PolicyWeights(model).obstacles()):
             raise ConfigError(
-                "sampler.engine: vLLM serves only plain LoRA adapters, but this one has more (modules_to_save, DoRA, "
-                "or other options of peft); set sampler.engine.lora_sync: merged"
+                f"sampler.engine: vLLM cannot hold {' and '.join(obstacles)} as an adapter; set "
+                "sampler.engine.lora_sync: merged"
             )
         self.servers = [Server(endpoint, self.vocabulary) for endpoint in settings.endpoints()]
         self.weights: Weights | None = None
@@ -687,30 +705,33 @@ class VLLMServerEngine:
             for found in requests.run(self.settings.max_in_flight)
         ]
 
-    def score(self, rows: Sequence[Sequence[int]]) -> list[list[list[float]]]:
-        """Compute log-probabilities of given tokens on each server that holds the weights; see `ScoringEngine.score`.
+    def score(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Compute log-probabilities of given tokens on one server, see `ScoringEngine.score`.
+
+        Args:
+            rows: Token ids of each row.
+        """
+        return self.score_each(rows)[0]
+
+    def score_each(self, rows: Sequence[Sequence[int]]) -> list[list[list[float]]]:
+        """Compute them on each server that holds the weights, see `SeveralCopies.score_each`.
 
         Args:
             rows: Token ids of each row.
 
-        Returns:
-            Log-probabilities under the full softmax at temperature 1, in nats: servers, rows, tokens.
+        Raises:
+            ServerError: If no server answers.
         """
         if self.weights is None:
-            raise RuntimeError("VLLMServerEngine.score was called before sync")
-        found: list[list[list[float]]] = []
-        for server in self.servers:
-            try:
-                if server.holds == self.weights.name:
-                    found.append(server.score(rows, self.weights))
-            except Unavailable as error:
-                log.warning("%s; it gets the weights when it answers again", error)
-                server.holds = None
-        if not found:
-            raise ServerError(
-                "sampler.engine: no server answers after it has loaded the weights; see the servers' logs"
-            )
-        return found
+            raise RuntimeError("VLLMServerEngine.score_each was called before sync")
+        weights, found = self.weights, {}
+
+        def score(server: Server) -> None:
+            server.ensure(weights)
+            found[server.url] = server.score(rows, weights)
+
+        self._each(score)
+        return [found[server.url] for server in self.servers if server.url in found]
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Write the weights to the shared folder and have the servers load them, see `Engine.sync`.
@@ -738,13 +759,19 @@ class VLLMServerEngine:
         if _is_first_rank():
             try:
                 claim(root, ())
-                writer = Writer(root / name, self.model if self.adapter else None)
+                writer = Writer(root / name)
             except UserError as error:
                 failure = error
-        # All ranks iterate over the tensors, because a tensor may be gathered from all of them.
-        for key, tensor in named_adapter(self.model) if self.adapter else named_tensors:
+        # All ranks iterate over the weights, because a tensor may be gathered from all of them.
+        if self.adapter:
+            assert isinstance(named_tensors, PolicyWeights), "the adapter alone is in PolicyWeights only"
+            adapter = dict(named_tensors.adapter())
             if writer is not None:
-                writer.add(key, tensor.detach())
+                writer.write(partial(write_adapter, writer.scratch, adapter))
+        else:
+            for key, tensor in named_tensors:
+                if writer is not None:
+                    writer.add(key, tensor.detach())
         weights = Weights(name, str(root / name), self.adapter)
         if writer is not None:
             try:
@@ -793,21 +820,24 @@ class VLLMServerEngine:
 class Writer:
     """Writes weights into a folder that appears under its name when it is complete.
 
+    Errors are raised by `finish`, when all ranks have gathered all tensors.
+
     Args:
         folder: The folder.
-        adapted: The model whose adapter is written; None to write all weights of a model.
+
+    Attributes:
+        scratch: The folder until it is complete.
     """
 
-    def __init__(self, folder: Path, adapted: "PeftModel | None") -> None:
-        self.folder, self.adapted = folder, adapted
-        self.scratch = scratch_of(folder)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.scratch = folder, scratch_of(folder)
         self.tensors: dict[str, Tensor] = {}
         self.bytes = self.files = 0
         self.error: OSError | SafetensorError | None = None
-        self._try(self.scratch.mkdir)
+        self.write(self.scratch.mkdir)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor. Files of full weights are written as soon as they have their size.
+        """Add a tensor of all weights. Files are written as soon as they have `SHARD` bytes.
 
         Args:
             name: Its name.
@@ -815,19 +845,30 @@ class Writer:
         """
         self.tensors[name] = tensor.cpu().contiguous()
         self.bytes += tensor.nbytes
-        if self.adapted is None and self.bytes > SHARD:
-            self._flush(f"model-{self.files:05d}.safetensors")
+        if self.bytes > SHARD:
+            self._flush()
+
+    def write(self, call: Callable[[], None]) -> None:
+        """Write something, unless an error came before.
+
+        Args:
+            call: Writes it into `scratch`.
+        """
+        if self.error is None:
+            try:
+                call()
+            except (OSError, SafetensorError) as error:
+                self.error = error
 
     def finish(self) -> None:
         """Write what is left, and rename the folder.
 
         Raises:
-            ConfigError: If a file could not be written.
+            ConfigError: If something could not be written.
         """
-        if self.adapted is not None:
-            self._try(partial(self.adapted.peft_config["default"].save_pretrained, str(self.scratch)))
-        self._flush("adapter_model.safetensors" if self.adapted is not None else f"model-{self.files:05d}.safetensors")
-        self._try(partial(os.replace, self.scratch, self.folder))
+        if self.tensors:
+            self._flush()
+        self.write(partial(os.replace, self.scratch, self.folder))
         if self.error is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
             raise ConfigError(
@@ -835,29 +876,9 @@ class Writer:
                 f"({first_line(self.error)}); free disk space, or choose another folder"
             )
 
-    def _flush(self, file: str) -> None:
-        self._try(partial(save_file, self.tensors, self.scratch / file))
+    def _flush(self) -> None:
+        self.write(partial(save_file, self.tensors, self.scratch / f"model-{self.files:05d}.safetensors"))
         self.tensors, self.bytes, self.files = {}, 0, self.files + 1
-
-    def _try(self, call: Callable[[], object]) -> None:
-        """Call unless an error came before. Errors are raised by `finish`, when all ranks have gathered all tensors."""
-        if self.error is None:
-            try:
-                call()
-            except (OSError, SafetensorError) as error:
-                self.error = error
-
-
-def named_adapter(model: "PeftModel") -> Iterator[tuple[str, Tensor]]:
-    """The weights of a policy's adapter by their names in peft's files. All ranks must iterate.
-
-    Args:
-        model: The policy.
-    """
-    from peft import get_peft_model_state_dict
-
-    for name, tensor in get_peft_model_state_dict(model, adapter_name="default", save_embedding_layers=False).items():
-        yield name, tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _delete_others(root: Path, name: str) -> None:

@@ -195,7 +195,7 @@ class Rounded(EngineSettings):
     def low_precision(self) -> bool:
         return True
 
-    def build(self, model: Any) -> OwnCopy:
+    def build(self, model: Any, tokenizer: Any) -> OwnCopy:
         return OwnCopy(base_of(model), torch.bfloat16)
 
 

@@ -11,13 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
-from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.generation.vllm_server import Server, VLLMServer
 from rlhf_lightning.models.loading import Start
-from rlhf_lightning.models.lora import LoRA, named_weights
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.rewards import FunctionReward
 from tests.generation.test_engines import CONTEXT, EXACT, PROMPTS
 from tests.generation.test_engines import folder as folder
@@ -48,15 +48,15 @@ def adapted(folder: Path, rank: int = 4) -> Any:
 def test_adapter_of_each_round(server: VLLMServe, folder: Path, tmp_path: Path) -> None:
     """The log-probabilities are those of the newest adapter; the adapter before it is no longer there."""
     policy, params = adapted(folder), SamplingParams(10, temperature=0.7)
-    settings = VLLMServer(server.url, str(tmp_path / "weights"))
-    engine = settings.build(policy, Renderer(AutoTokenizer.from_pretrained(folder)))
+    settings = VLLMServer(server.url, str(tmp_path / "weights"), "float32")
+    engine = settings.build(policy, AutoTokenizer.from_pretrained(folder))
     assert not engine.raw_logprobs
     for version in range(3):
         with torch.no_grad():
             for name, parameter in policy.named_parameters():
                 if "lora_" in name:
                     parameter.normal_(0, 0.2)
-        engine.sync(named_weights(policy), version)
+        engine.sync(PolicyWeights(policy), version)
         for prompt, found in zip(PROMPTS, engine.generate(PROMPTS, params, [1, 2, 3]), strict=True):
             logits = policy(torch.tensor([prompt + found.ids])).logits[0, len(prompt) - 1 : -1].detach() / 0.7
             wanted = logits.log_softmax(-1).gather(1, torch.tensor(found.ids)[:, None])[:, 0]
@@ -67,10 +67,10 @@ def test_adapter_of_each_round(server: VLLMServe, folder: Path, tmp_path: Path) 
 
 def test_adapter_above_the_rank_of_the_server_is_refused(server: VLLMServe, folder: Path, tmp_path: Path) -> None:
     policy = adapted(folder, rank=32)
-    settings = VLLMServer(server.url, str(tmp_path / "weights"))
-    engine = settings.build(policy, Renderer(AutoTokenizer.from_pretrained(folder)))
+    settings = VLLMServer(server.url, str(tmp_path / "weights"), "float32")
+    engine = settings.build(policy, AutoTokenizer.from_pretrained(folder))
     with pytest.raises(ConfigError, match=r"the policy's adapter cannot be loaded.*max_lora_rank"):
-        engine.sync(named_weights(policy), 0)
+        engine.sync(PolicyWeights(policy), 0)
 
 
 def test_server_that_is_killed_in_mid_round(
@@ -90,7 +90,7 @@ def test_server_that_is_killed_in_mid_round(
         str(folder),
         lora=LoRA(rank=4),
         rewards=[FunctionReward(vowels)],
-        sampler=Sampler(max_tokens=6, engine=VLLMServer(server.url, str(tmp_path / "weights"))),
+        sampler=Sampler(max_tokens=6, engine=VLLMServer(server.url, str(tmp_path / "weights"), "float32")),
         optimizer=sgd(1.0),
     )
     gaps: list[float] = []

@@ -14,14 +14,15 @@ import torch
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, SyncError
 from rlhf_lightning.generation import vllm_http, vllm_server
 from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.generation.vllm_server import ServerError, VLLMServer, VLLMServerEngine
 from rlhf_lightning.models.loading import Start
-from rlhf_lightning.models.lora import LoRA, named_weights
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.settings import describe
 from tests.helpers.cli import write_yaml
@@ -80,7 +81,7 @@ def connect(policy: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., VLLMSe
 
     def build(*servers: FakeServer, model: Any = policy, **options: Any) -> VLLMServerEngine:
         options = {"folder": str(tmp_path / "weights"), "timeout": 20.0, "patience": 20.0, **options}
-        return VLLMServer([server.url for server in servers], **options).build(model, Renderer(tokenizer))
+        return VLLMServer([server.url for server in servers], **options).build(model, tokenizer)
 
     return build
 
@@ -94,7 +95,7 @@ def check(engine: VLLMServerEngine, policy: Any, tokenizer: Any) -> None:
 
 
 def sync(engine: VLLMServerEngine, policy: Any, version: int = 0) -> None:
-    engine.sync(named_weights(policy), version)
+    engine.sync(PolicyWeights(policy), version)
 
 
 def test_adapter_of_each_round(serve: Any, connect: Any, policy: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -131,6 +132,20 @@ def test_all_weights(serve: Any, connect: Any, model: Any, policy: Any, tokenize
     server.weights = "default"  # as after a restart
     assert sum(1 for _ in engine.generate(PROMPTS, PARAMS, SEEDS)) == len(PROMPTS)
     assert server.weights.endswith("-round-1")
+
+
+def test_each_server_is_compared_with_the_trainer(serve: Any, policy: Any, tokenizer: Any, tmp_path: Path) -> None:
+    """A server whose base differs is noticed, although it confirms the adapter's name."""
+    first, second = serve(context=256), serve(context=256)
+    settings = VLLMServer([first.url, second.url], str(tmp_path / "weights"), "float32")
+    sampler = Sampler(max_tokens=8, engine=settings).build(policy, Renderer(tokenizer))
+    sampler.sync(0)
+    with torch.no_grad():
+        second.model.get_input_embeddings().weight[::3].mul_(1.2)
+    with pytest.raises(SyncError, match="after the sync of version 1, trainer and engine differ by"):
+        sampler.sync(1)
+    second.kill()
+    sampler.sync(2)
 
 
 def test_stops_and_settings_reach_the_server(serve: Any, connect: Any, policy: Any, tokenizer: Any) -> None:
@@ -371,7 +386,7 @@ def test_adapters_that_cannot_be_loaded(serve: Any, connect: Any, policy: Any, m
     with pytest.raises(ConfigError, match=r"weights cannot be loaded: .*no method load_policy.*--worker-extension-cls"):
         sync(connect(server, lora_sync="merged"), policy)
     start = Start(copy.deepcopy(model), lora=LoRA(rank=4)).load()
-    start.peft_config["default"].use_dora = True
+    start.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"set sampler.engine.lora_sync: merged"):
         connect(server, model=start)
 
@@ -379,7 +394,7 @@ def test_adapters_that_cannot_be_loaded(serve: Any, connect: Any, policy: Any, m
 def test_weights_that_cannot_be_written(tmp_path: Path) -> None:
     """All tensors are taken first, because other ranks gather them together with this one."""
     (tmp_path / "file").touch()
-    writer = vllm_server.Writer(tmp_path / "file" / "name", None)
+    writer = vllm_server.Writer(tmp_path / "file" / "name")
     writer.add("weight", torch.zeros(2))
     with pytest.raises(ConfigError, match=r"sampler.engine.folder: .* cannot be written to"):
         writer.finish()
@@ -393,6 +408,7 @@ def test_weights_that_cannot_be_written(tmp_path: Path) -> None:
         ({"url": "a:8000"}, "must be http://HOST:PORT"),
         ({"max_in_flight": 0}, "sampler.engine.max_in_flight is 0"),
         ({"timeout": 0}, "sampler.engine.timeout is 0"),
+        ({"dtype": "int8"}, "sampler.engine.dtype is 'int8'"),
         ({"lora_sync": "both"}, "sampler.engine.lora_sync is 'both'"),
     ],
 )
@@ -434,7 +450,7 @@ def test_policy_rl_with_a_server_that_is_killed(
         base,
         lora=LoRA(rank=4),
         rewards=[FunctionReward(vowels)],
-        sampler=Sampler(max_tokens=6, engine=VLLMServer(server.url, str(tmp_path / "weights"))),
+        sampler=Sampler(max_tokens=6, engine=VLLMServer(server.url, str(tmp_path / "weights"), "float32")),
         optimizer=sgd(1.0),
     )
     gaps: list[float] = []
