@@ -234,20 +234,24 @@ class Server:
                 )
 
     def _probe_logprobs(self) -> bool:
-        """True if log-probabilities are computed before top-k, False if after it."""
-        # Not top_k 1, with which vLLM takes the most likely token without removing the others.
-        probe: dict[str, JSON] = {"max_tokens": 1, "top_k": 2, "logprobs": 3, "seed": 0}
+        """True if log-probabilities are computed before tokens are excluded, False if after it.
+
+        Only one token is allowed. Computed afterwards, its log-probability is 0, and those of all others are minus
+        infinity.
+        """
+        probe: dict[str, JSON] = {"max_tokens": 1, "allowed_token_ids": [0], "logprobs": 2, "seed": 0}
         (content,) = _contents(self._request([0], probe, self.model), self.url)
         ranks = content.get("top_logprobs")
         found = [one.get("logprob") for one in ranks if isinstance(one, dict)] if isinstance(ranks, list) else []
         numbers = [float(number) for number in found if isinstance(number, int | float)]
-        if len(numbers) < 3:
+        if len(numbers) < 2:
             raise ConfigError(f"sampler.engine: {self.url} does not report log-probabilities")
-        if sum(math.exp(min(number, 700)) for number in numbers) > 1.001:
+        raw = min(numbers) > UNKNOWN
+        if max(numbers) > 0 or not (raw or max(numbers) == 0):
             raise ConfigError(
                 f"sampler.engine: {self.url} reports logits in place of log-probabilities; start it with {PROCESSED}"
             )
-        return min(numbers) > UNKNOWN  # else top-k has removed the third token
+        return raw
 
     def _request(self, ids: Sequence[int], settings: dict[str, JSON], model: str) -> dict[str, JSON]:
         body: dict[str, JSON] = {"model": model, "token_ids": list(ids), "sampling_params": settings}

@@ -26,11 +26,10 @@ from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA, named_weights
-from rlhf_lightning.quickstart.model import make_tokenizer
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.types import Completion
 from tests.helpers.docs import ROOT
-from tests.helpers.models import TEXTS, build_model
+from tests.helpers.models import save_small_model
 from tests.helpers.modules import vowels
 from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer
@@ -100,14 +99,7 @@ ENGINES = ["local", "generate", "vllm"]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of a shape that vLLM's kernels support."""
-    place, tokenizer = tmp_path_factory.mktemp("model"), make_tokenizer(TEXTS * 5)
-    model = build_model(
-        tokenizer, hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1,
-        max_position_embeddings=CONTEXT, initializer_range=0.12,
-    )  # fmt: skip
-    model.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    return save_small_model(tmp_path_factory.mktemp("model"), CONTEXT)
 
 
 @pytest.fixture(scope="module", params=[_engine(name) for name in ENGINES])

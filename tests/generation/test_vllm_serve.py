@@ -19,8 +19,7 @@ from rlhf_lightning.generation.vllm_server import Server, VLLMServer
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.rewards import FunctionReward
-from tests.generation.test_engines import CONTEXT, EXACT, PROMPTS
-from tests.generation.test_engines import folder as folder
+from tests.helpers.models import save_small_model
 from tests.helpers.modules import vowels
 from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer
@@ -30,6 +29,15 @@ pytestmark = [
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: make test-vllm"),
 ]
+CONTEXT = 64
+PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [40]]
+EXACT = 1e-4
+"""Both compute in float32, in another order of the sums."""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_small_model(tmp_path_factory.mktemp("model"), CONTEXT)
 
 
 @pytest.fixture(scope="module")

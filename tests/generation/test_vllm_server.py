@@ -317,6 +317,8 @@ def test_key(
 UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "other server": ({"version": None}, "training needs `vllm serve`"),
     "older release": ({"version": "0.11.2"}, r"vLLM 0\.11\.2 serves http.*, but at least 0\.32 is needed"),
+    "raw logits": ({"probed": (3.0, 2.0)}, "reports logits in place of log-probabilities"),
+    "processed logits": ({"probed": (-3.0, -9999.0)}, "reports logits in place of log-probabilities"),
     "room": ({"context": 8}, "sampler.max_tokens is 8, but the servers have room for 8 tokens"),
 }
 

@@ -1,8 +1,11 @@
 """Tiny models."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from rlhf_lightning.quickstart.model import make_tokenizer
 
 TEXTS = [
     "Hello there, how are you today? I am fine, thank you.",
@@ -72,3 +75,15 @@ def build_model(
         config.num_labels = 1
     torch.manual_seed(seed)
     return getattr(transformers, f"{names[architecture]}{suffix}")(config).eval()
+
+
+def save_small_model(folder: Path, context: int) -> Path:
+    """Save a tiny model of a shape that vLLM's kernels support, and return its folder."""
+    tokenizer = make_tokenizer(TEXTS * 5)
+    model = build_model(
+        tokenizer, hidden_size=64, head_dim=32, num_attention_heads=2, num_key_value_heads=1,
+        max_position_embeddings=context, initializer_range=0.12,
+    )  # fmt: skip
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

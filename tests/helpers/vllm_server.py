@@ -41,6 +41,7 @@ class FakeServer:
         raw: As with `--logprobs-mode raw_logprobs`.
         context: As with `--max-model-len`.
         version: Version that it reports; None for a server that is not vLLM.
+        probed: Numbers that it reports for the two most likely tokens if only one token is allowed.
 
     Attributes:
         before: Called with path and body before a request is answered; may raise `Drop` or `Answer`, or wait.
@@ -57,9 +58,10 @@ class FakeServer:
         raw: bool = False,
         context: int = 64,
         version: str | None = "0.32.0",
+        probed: tuple[float, float] | None = None,
     ) -> None:
         self.model, self.decode, self.key, self.raw, self.context = copy.deepcopy(model), decode, key, raw, context
-        self.version, self.adapters, self.paths, self.weights = version, {}, {}, "default"
+        self.probed, self.version, self.adapters, self.paths, self.weights = probed, version, {}, {}, "default"
         self.before: Callable[[str, dict[str, Any]], None] = lambda path, body: None
         self.requests: Counter[str] = Counter()
         self.now = self.most = 0
@@ -178,9 +180,9 @@ class FakeServer:
             {"token_id": token, "logprob": logprob, "top_logprobs": [{"token_id": token, "logprob": logprob}]}
             for token, logprob in zip(found.ids, found.logprobs, strict=True)
         ]
-        if given["logprobs"] == 3:
-            other = -9999.0 if not self.raw and params.top_k == 2 else content[0]["logprob"] - 9
-            content[0]["top_logprobs"] += [{"token_id": 0, "logprob": other}] * 2
+        if given.get("allowed_token_ids"):
+            numbers = self.probed or ([-5.0, -4.0] if self.raw else [0.0, -9999.0])
+            content[0]["top_logprobs"] = [{"token_id": 0, "logprob": number} for number in numbers]
         choice = {
             "index": 0,
             "token_ids": found.ids,
