@@ -96,7 +96,7 @@ class Diagnostics(RoundCallback):
 
     def round_ended(self, trainer: pl.Trainer, pl_module: "PolicyRLModule") -> None:
         rows = []
-        for check in self.checks:
+        for check in (check.fitted(pl_module) for check in self.checks):
             severity = check.severity(self.curves) if check.applies(pl_module) else None
             if severity is None:
                 continue

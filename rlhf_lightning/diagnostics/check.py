@@ -50,6 +50,14 @@ class Check(ABC):
         """True if the check is meaningful for the episodes of a module."""
         return True
 
+    def fitted(self, module: "PolicyRLModule") -> "Check":
+        """The check with the limits that suit a module; by default the check itself.
+
+        Args:
+            module: A module with a Trainer.
+        """
+        return self
+
     @abstractmethod
     def severity(self, curves: Curves) -> float | None:
         """Severity of the failure: at least 1 if it occurs, below 0.8 if not, None if it cannot be decided yet."""

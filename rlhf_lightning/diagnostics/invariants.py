@@ -20,13 +20,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 MAX_DISTANCE = 1e-4
+MAX_CLIPPED = 0.05
+"""In low precision. Rounding to bfloat16 alone clipped 1.1% of the tokens of SmolLM2-135M at a clip range of 0.2."""
 
 
 class FirstStepInvariants(pl.Callback):
     """Checks that trainer and sampler agree before the first update of a round, when the importance ratio is 1.
 
     In float32 the largest |log ratio| must be at most 1e-4, and no token may be clipped. In lower precision the mean
-    must be at most `models.precision.logprob_rounding`, and rounding may clip at most 1% of the tokens. Before the
+    must be at most `models.precision.logprob_rounding`, and rounding may clip at most 5% of the tokens. Before the
     first update of the run, the policy equals the reference if that is the start of the stage, and their
     log-probabilities, both computed by the trainer, must agree within the same bounds.
 
@@ -54,7 +56,7 @@ class FirstStepInvariants(pl.Callback):
             return
         if not isinstance(outputs, dict) or "log_ratio_max" not in outputs:
             return
-        rounding = _rounding(trainer, pl_module)
+        rounding = logprob_bound(pl_module)
         self._ratio(trainer, rounding, *_worst(outputs["log_ratio_max"], outputs["log_ratio_mean"]))
         if "clip_fraction" in outputs:
             self._clipped(trainer, rounding, *_worst(outputs["clip_fraction"]))
@@ -72,7 +74,7 @@ class FirstStepInvariants(pl.Callback):
             )
 
     def _clipped(self, trainer: pl.Trainer, rounding: float | None, fraction: float) -> None:
-        if fraction > (0.0 if rounding is None else 0.01):
+        if fraction > (0.0 if rounding is None else MAX_CLIPPED):
             self._tell(
                 "clip",
                 f"step {trainer.global_step}: {fraction:.2%} of the tokens of newly sampled episodes are clipped "
@@ -105,9 +107,13 @@ def _worst(*numbers: Tensor | float) -> list[float]:
     return [max(values, key=lambda value: (math.isnan(value), value)) for values in ranks]
 
 
-def _rounding(trainer: pl.Trainer, module: PolicyRLModule) -> float | None:
-    """Bound on the mean distance of log-probabilities in low precision; None in float32 or wider."""
-    weights, precision = next(module.parameters()).dtype, str(trainer.precision)
+def logprob_bound(module: PolicyRLModule) -> float | None:
+    """Bound on the mean distance of log-probabilities in low precision; None in float32 or wider.
+
+    Args:
+        module: A module with a Trainer.
+    """
+    weights, precision = next(module.parameters()).dtype, str(module.trainer.precision)
     if weights not in NARROW and "16" not in precision and not is_quantized(module.model):
         return None
     dtype = torch.float16 if weights == torch.float16 or precision.startswith("16") else torch.bfloat16

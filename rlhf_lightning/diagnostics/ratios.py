@@ -4,18 +4,21 @@ from typing import TYPE_CHECKING
 
 from rlhf_lightning.diagnostics.check import Check, MedianAbove, Numbers, positive
 from rlhf_lightning.diagnostics.curves import Curves
+from rlhf_lightning.diagnostics.invariants import logprob_bound
 
 if TYPE_CHECKING:
     from rlhf_lightning.modules.policy_rl import PolicyRLModule
+
+SMALLEST_GAP = 0.02
+"""Mean |log ratio| before the first update of a round that is a warning in every precision, in nats per token."""
 
 
 class LogprobGap(MedianAbove):
     """Sampler and trainer disagree on the log-probabilities of sampled tokens.
 
-    With equal weights, bf16 kernels differ by at most about 0.02 nats per token on average.
-
     Args:
-        limit: Mean |log ratio| before the first update of a round, in nats per token.
+        limit: Mean |log ratio| before the first update of a round, in nats per token; by default 0.02 or, if it is
+            larger, the bound of `models.precision.logprob_rounding` for the precision of the run.
         rounds: Number of rounds for the median.
 
     Example:
@@ -33,9 +36,15 @@ class LogprobGap(MedianAbove):
         "truncated or masked importance weights."
     )
 
-    def __init__(self, limit: float = 0.02, rounds: int = 5) -> None:
+    def __init__(self, limit: float | None = None, rounds: int = 5) -> None:
         super().__init__(rounds)
-        self.limit = positive(self, "limit", limit)
+        self.limit = positive(self, "limit", SMALLEST_GAP if limit is None else limit)
+        self._given = limit is not None
+
+    def fitted(self, module: "PolicyRLModule") -> "Check":
+        if self._given:
+            return self
+        return LogprobGap(max(SMALLEST_GAP, logprob_bound(module) or 0.0), self.rounds)
 
     def applies(self, module: "PolicyRLModule") -> bool:
         # Recorded episodes, and those sampled with stale weights, differ by design.

@@ -44,7 +44,8 @@ from rlhf_lightning.diagnostics import (
 from rlhf_lightning.diagnostics.callback import DEFAULT, Diagnostics
 from rlhf_lightning.diagnostics.collapse import StopOnCollapse
 from rlhf_lightning.diagnostics.curves import Curve, Curves, together, trend
-from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
+from rlhf_lightning.diagnostics.invariants import FirstStepInvariants, logprob_bound
+from rlhf_lightning.diagnostics.ratios import SMALLEST_GAP
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
@@ -635,6 +636,23 @@ def test_logprob_gap_check_skips_stale_rollouts(base: str, tmp_path: Path) -> No
         path = folder / "warnings.jsonl"
         rows = path.read_text().splitlines() if path.exists() else []
         assert [json.loads(row)["name"] for row in rows] == names
+
+
+def test_the_limit_of_the_logprob_gap_follows_the_precision(base: str, tmp_path: Path) -> None:
+    limits = {}
+    for precision in ("32-true", "bf16-mixed"):
+        module = make("policy", base)
+        trainer(tmp_path / precision, precision=precision).fit(module, data("policy"))
+        bound = logprob_bound(module)
+        fitted = LogprobGap(rounds=3).fitted(module)
+        assert isinstance(fitted, LogprobGap)
+        assert fitted.rounds == 3
+        limits[precision] = (fitted.limit, bound)
+        assert LogprobGap(limit=0.5).fitted(module).severity(Curves.of(logprob_gap=[0.25] * 5)) == 0.5
+    assert limits["32-true"] == (SMALLEST_GAP, None)
+    limit, bound = limits["bf16-mixed"]
+    assert bound is not None
+    assert limit == max(SMALLEST_GAP, bound)
 
 
 class Falling:
