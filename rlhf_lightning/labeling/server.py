@@ -328,8 +328,9 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"--host {host}: {error.strerror}; give a name or address of this machine") from None
+    except (OSError, UnicodeError) as error:  # UnicodeError: no host can have this name
+        reason = error.strerror if isinstance(error, OSError) else "not a host name"
+        raise ConfigError(f"--host {host}: {reason}; give a name or address of this machine") from None
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind(address)

@@ -147,6 +147,7 @@ MEANT_FLAGS: dict[str, tuple[str, ...]] = {
         "nan",
         "inf",
     ),  # of `init` and `quickstart`: Hub ids
+    "host": ("zero",),  # 0.0.0.0
     "output": NAMES,
     "overlap": ("zero", "fraction", "tiny"),
     "port": ("zero",),
