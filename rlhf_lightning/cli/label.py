@@ -219,7 +219,7 @@ def _show(report: "LabelReport") -> None:
         table.add_column(column, justify="left" if column == "annotator" else "right")
     for name, facts in report.annotators.items():
         counts = [str(count) for count in facts.choices.values()]
-        table.add_row(visible(name), *counts, f"{facts.seconds:.1f}", _percent(facts.chose_a))
+        table.add_row(visible(name), *counts, f"{facts.seconds:.1f}", _percent(facts.chose_a, counted=False))
     console.print(table)
     console.print(f"position bias: A was chosen in {_percent(report.chose_a)} of the choices of A or B")
     for pair in report.agreement:
@@ -234,10 +234,11 @@ def _show(report: "LabelReport") -> None:
         console.print(visible(f"{names}: {_percent(rate)}"))
 
 
-def _percent(rate: "Rate") -> str:
+def _percent(rate: "Rate", counted: bool = True) -> str:
     if rate.rate is None:
         return "–"
-    return f"{100 * rate.rate:.0f}% ({100 * rate.low:.0f}–{100 * rate.high:.0f}, n = {rate.count})"
+    among = f", n = {rate.count}" if counted else ""
+    return f"{100 * rate.rate:.0f}% ({100 * rate.low:.0f}–{100 * rate.high:.0f}{among})"
 
 
 def _number(value: float | None) -> str:
