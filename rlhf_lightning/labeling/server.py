@@ -79,8 +79,9 @@ class Access:
             host: The header.
         """
         try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
+            parts = urlsplit(f"//{host}")
+            name, _ = parts.hostname or "", parts.port
+        except ValueError:  # a malformed address or port
             return False
         return name == "localhost" or _is_address(name) or name in {known.lower() for known in self.hosts}
 

@@ -16,7 +16,7 @@ from typing import Literal, TypeGuard, TypeVar
 
 from rlhf_lightning.data.records import Reading, RowError, convert_rows, read_rows
 from rlhf_lightning.errors import ConfigError, short
-from rlhf_lightning.files import as_json, is_file, read_record, write_json, write_text
+from rlhf_lightning.files import FORMAT, as_json, is_file, read_record, write_json, write_text
 from rlhf_lightning.labeling.comparisons import Comparison
 from rlhf_lightning.run_folder import claim
 from rlhf_lightning.types import JSON, Row
@@ -143,7 +143,7 @@ class LabelStore:
             )
         claim(self.folder, ("comparisons.jsonl", "decisions.jsonl", "session.json"))
         if new:
-            write_json(self.folder / "session.json", {"format": 1, "settings": dict(settings)})
+            write_json(self.folder / "session.json", {"format": FORMAT, "settings": dict(settings)})
         elif differing := _differing(read_record(self.folder / "session.json").get("settings"), settings):
             raise ConfigError(
                 f"{self.folder} was begun with other settings ({differing}). Continue with the same settings, or give "

@@ -109,7 +109,7 @@ def test_forms_of_other_sites_are_refused(origin: str, client: Client, queue: La
 
 
 @pytest.mark.parametrize(
-    "host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "[::1", "localhost.evil"]
+    "host", ["evil.example", "evil.example:8765", "127.0.0.1.evil.example", "[::1", "localhost.evil", "localhost:x"]
 )
 def test_foreign_host_names_are_refused(host: str, client: Client) -> None:
     """As after DNS rebinding: the browser asks this server for a page of another site."""
