@@ -238,5 +238,5 @@ def test_addresses() -> None:
         bound("127.0.0.1", place.getsockname()[1])
     with pytest.raises(ConfigError, match=r"--host 192\.0\.2\.1 "):
         bound("192.0.2.1", 0)
-    with pytest.raises(ConfigError, match="--host a+: not a host name"):
+    with pytest.raises(ConfigError, match=r"--host a+: not a host name"):
         bound("a" * 64, 0)
