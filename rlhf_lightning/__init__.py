@@ -18,6 +18,7 @@ _PUBLIC = {
     "PromptDataModule": "rlhf_lightning.data.prompts",
     "LoRA": "rlhf_lightning.models.lora",
     "Critic": "rlhf_lightning.models.critic",
+    "Distillation": "rlhf_lightning.models.distillation",
     "KLPenalty": "rlhf_lightning.rollout.kl",
     "GAE": "rlhf_lightning.rollout.advantages",
     "GlobalWhitened": "rlhf_lightning.rollout.advantages",
@@ -30,6 +31,7 @@ _PUBLIC = {
 __all__ = [
     "GAE",
     "Critic",
+    "Distillation",
     "GlobalWhitened",
     "GroupCentered",
     "KLPenalty",
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.sft import SFTDataModule
     from rlhf_lightning.generation.sampler import Sampler
     from rlhf_lightning.models.critic import Critic
+    from rlhf_lightning.models.distillation import Distillation
     from rlhf_lightning.models.lora import LoRA
     from rlhf_lightning.modules.policy_rl import PolicyRLModule
     from rlhf_lightning.modules.preference import PreferenceModule

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from examples import (
+    distill,
     engine,
     environments,
     label_by_rule,
@@ -32,6 +33,7 @@ from rlhf_lightning.models.scorers import LoadedModel
 from rlhf_lightning.objectives.policy import importance_sampling
 from rlhf_lightning.rollout.advantages import compute_token_advantages
 from rlhf_lightning.types import Episode, Row, TrainingSample
+from tests.helpers.models import build_model
 from tests.helpers.runs import in_ranks
 from tests.helpers.training import trainer
 
@@ -203,6 +205,17 @@ def test_custom_module(base: str, tmp_path: Path) -> None:
     logprobs = module.token_logprobs(sampled["input_ids"], sampled["loss_mask"]).logprobs  # type: ignore[operator]
     torch.testing.assert_close(logprobs * sampled["loss_mask"], sampled["old_logprobs"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(advantages, rewards - rewards.view(2, 4).mean(1).repeat_interleave(4))
+
+
+def test_distill(base: str, tmp_path: Path, tokenizer: object) -> None:
+    teacher = str(tmp_path / "teacher")
+    build_model(tokenizer, seed=1).save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)  # type: ignore[attr-defined]
+    off_policy, on_policy = distill.main(base, teacher, str(tmp_path / "run"))
+    assert (off_policy.global_step, on_policy.global_step) == (2, 2)
+    assert all(run.callback_metrics["train/divergence"] > 0 for run in (off_policy, on_policy))
+    assert float(on_policy.callback_metrics["train/on_policy"]) in (0.0, 0.5, 1.0)
+    assert (tmp_path / "run" / "on" / "model" / "model.safetensors").exists()
 
 
 def test_plain_loop_reaches_the_best_policy() -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning_utilities.core.imports import RequirementCache
 
 from rlhf_lightning import (
+    Distillation,
     PolicyRLModule,
     PreferenceDataModule,
     PreferenceModule,
@@ -82,7 +83,8 @@ def both(make: Callable[..., Any], rows: list[Any], **options: Any) -> Any:
 
 
 def sft(base: str, root: Path) -> set[str]:
-    return logged(SFTModule(base, optimizer=sgd(0.1)), both(SFTDataModule, chats(8)), root)
+    module = SFTModule(base, optimizer=sgd(0.1), distillation=Distillation(base))
+    return logged(module, both(SFTDataModule, chats(8)), root)
 
 
 def preference(base: str, root: Path) -> set[str]:
@@ -133,8 +135,15 @@ def policy(base: str, root: Path) -> set[str]:
     )
     stop = StopOnCollapse(reward_lost=None, entropy_fraction=None, kl_limit=1e-12, patience=1)
     stop.checks[0].severity = lambda curves: 1.0  # type: ignore[method-assign]
-    return logged(groups, data(2), root / "groups", callbacks=[Diagnostics()]) | logged(
-        critic, data(1), root / "critic", callbacks=[stop]
+    student = PolicyRLModule.distill(
+        base, Distillation(base, on_policy_fraction=0.5), sampler=Sampler(max_tokens=8), optimizer=sgd(0.1)
+    )
+    answered = [{**row, "completion": "one"} for row in prompts(5)]
+    distilled = PromptDataModule(answered, answered[:2], test=answered[:2], prompts_per_round=5, group_size=1)
+    return (
+        logged(groups, data(2), root / "groups", callbacks=[Diagnostics()])
+        | logged(critic, data(1), root / "critic", callbacks=[stop])
+        | logged(student, distilled, root / "student")
     )
 
 

@@ -1,9 +1,13 @@
 """Checks of the reward: no signal within groups, over-optimization, and collapse."""
 
 from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from rlhf_lightning.diagnostics.check import Check, MedianAbove, Numbers, positive
 from rlhf_lightning.diagnostics.curves import FIRST, SMOOTH, Curves, together, trend
+
+if TYPE_CHECKING:
+    from rlhf_lightning.modules.policy_rl import PolicyRLModule
 
 
 class NoSignal(MedianAbove):
@@ -29,6 +33,9 @@ class NoSignal(MedianAbove):
     def __init__(self, limit: float = 0.8, rounds: int = 5) -> None:
         super().__init__(rounds)
         self.limit = positive(self, "limit", limit)
+
+    def applies(self, module: "PolicyRLModule") -> bool:
+        return module.rewarded  # without a reward, a teacher's distributions are learned
 
 
 class OverOptimized(Check):

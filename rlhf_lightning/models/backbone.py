@@ -1,7 +1,7 @@
 """Splits a causal model into its decoder, which runs at all positions, and its head, which runs only where needed."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING
@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from rlhf_lightning.models.logits import RoundedLogitsFunction
 from rlhf_lightning.models.lora import base_of
-from rlhf_lightning.models.sharding import run_unsharded
+from rlhf_lightning.models.sharding import full_tensor, run_unsharded
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -52,20 +53,26 @@ class Backbone:
                 "the head of %s cannot be run separately, so logits are computed at every position", type(base).__name__
             )
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, head_weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Logits `[..., V]` of hidden states `[..., H]`; in the head's own precision under autocast if that is wide.
 
         In bfloat16, logits between 16 and 32 would be multiples of 0.125. On a CPU under autocast, factors may be
         rounded to bfloat16, but logits are not (see `RoundedLogitsFunction`).
+
+        Args:
+            states: Hidden states.
+            head_weights: Replace the weights of the head, by name.
         """
+        head = self.lm_head if head_weights is None else partial(functional_call, self.lm_head, dict(head_weights))
         if not self.wide_head:
-            return self._adjust(self.lm_head(states))
+            return self._adjust(head(states))
         rounded = self._rounds_head(states)
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(self.lm_head.weight.dtype)
             if not rounded:
-                return self._adjust(self.lm_head(states))
-            logits = RoundedLogitsFunction.apply(states.flatten(0, -2), self.lm_head.weight)
+                return self._adjust(head(states))
+            weight = self.lm_head.weight if head_weights is None else head_weights["weight"]
+            logits = RoundedLogitsFunction.apply(states.flatten(0, -2), weight)
             return self._adjust(logits.unflatten(0, states.shape[:-1]))
 
     def _rounds_head(self, states: Tensor) -> bool:
@@ -80,6 +87,14 @@ class Backbone:
             and head.weight.dtype == torch.float32
             and head.bias is None
         )
+
+    def fixed_head(self) -> Callable[[Tensor], Tensor]:
+        """`logits` with the present weights of the head, even after the model has been moved or sharded again.
+
+        With a sharded model, all ranks must call this together, outside of `run_unsharded`.
+        """
+        weights = {name: full_tensor(weight.detach()) for name, weight in self.lm_head.named_parameters()}
+        return partial(self.logits, head_weights=weights)
 
     @property
     def wide_head(self) -> bool:

@@ -1,9 +1,10 @@
-"""Computes log-probabilities and entropies of tokens from logits, in place and a few rows at a time.
+"""Computes log-probabilities, entropies and divergences from logits, in place and a few rows at a time.
 
 Plain autograd keeps the logits, their log-softmax and its gradient, each of size rows × vocabulary. Here, a single
 buffer is used for all three: probabilities overwrite the logits, and the gradient overwrites the probabilities.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -117,6 +118,48 @@ class RoundedLogitsFunction(torch.autograd.Function):
         by_states = (narrow @ weight.to(torch.bfloat16)).to(states.dtype) if ctx.needs_input_grad[0] else None
         by_weight = (narrow.t() @ states.to(torch.bfloat16)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return by_states, by_weight
+
+
+class DivergenceFunction(torch.autograd.Function):
+    """Autograd function: `apply(logits, teacher_logits, divergence)` → the divergence of each row, `[n]`.
+
+    `logits` `[n, V]` of the student are overwritten with their gradient, so nothing else may need them. Further tensors
+    of that width exist for a few rows at a time only. `divergence` maps logits of student and teacher to one number per
+    row; see `objectives.distillation.divergence`.
+
+    Example:
+        >>> logits, teacher_logits = torch.zeros(1, 2, requires_grad=True), torch.tensor([[0.0, 1.0]])
+        >>> squares = lambda student, teacher: (student - teacher).square().sum(-1)
+        >>> DivergenceFunction.apply(logits * 1, teacher_logits, squares).sum().backward()
+        >>> logits.grad
+        tensor([[ 0., -2.]])
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, teacher_logits: Tensor, divergence: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        """Compute the divergences, and the gradient of each by its row of logits."""
+        logits = logits.detach()
+        found = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+        for part in _parts(logits):
+            with torch.set_grad_enabled(ctx.needs_input_grad[0]):
+                rows = logits[part].clone().requires_grad_(ctx.needs_input_grad[0])
+                values = divergence(rows, teacher_logits[part])
+                if ctx.needs_input_grad[0]:
+                    (logits[part],) = torch.autograd.grad(values.sum(), rows)
+            found[part] = values.detach()
+        ctx.save_for_backward(logits)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradient in the buffer."""
+        (buffer,) = ctx.saved_tensors
+        for part in _parts(buffer):
+            buffer[part] *= grad[part, None]
+        return buffer, None, None
 
 
 def _parts(logits: Tensor) -> list[slice]:

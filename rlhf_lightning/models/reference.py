@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
@@ -107,6 +107,18 @@ class Reference:
         with self._active(), self.placement.on_device() if self.placement else nullcontext(here) as device:
             return self._token_logprobs(input_ids.to(device), loss_mask.to(device), temperature).logprobs.to(here)
 
+    @torch.no_grad()
+    def position_states(self, input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Hidden states before the tokens with mask 1, on the reference's device; see `TokenLogprobs.position_states`.
+
+        Args:
+            input_ids: Right-padded, `[B, T]`.
+            loss_mask: 1 at the tokens to score, `[B, T]`.
+        """
+        here = input_ids.device
+        with self._active(), self.placement.on_device() if self.placement else nullcontext(here) as device:
+            return self._token_logprobs.position_states(input_ids.to(device), loss_mask.to(device))
+
     @property
     def modules_to_shard(self) -> list[nn.Module]:
         """The modules to shard: a copy that stays on the device. An offloaded copy is not sharded."""
@@ -162,6 +174,7 @@ def load_reference(
     max_tokens_per_batch: int | None = None,
     device: str | None = None,
     offload: bool = False,
+    name: str = "the reference",
 ) -> Reference:
     """Load a model other than the policy as the reference.
 
@@ -172,12 +185,13 @@ def load_reference(
         max_tokens_per_batch: See `Reference`.
         device: See `Reference`.
         offload: See `Reference`.
+        name: Name of the model, for messages.
 
     Raises:
         ConfigError: If the model cannot be loaded, or has another vocabulary.
     """
     model = load_for_scoring(source, "CAUSAL_LM", dtype)
-    check_vocabulary(model, tokenizer, "the reference")
+    check_vocabulary(model, tokenizer, name)
     return Reference(model, max_tokens_per_batch=max_tokens_per_batch, device=device, offload=offload, separate=True)
 
 

@@ -6,7 +6,7 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -27,6 +27,7 @@ from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.files import FORMAT, check_format
 from rlhf_lightning.gguf.folder import model_folder, names_gguf
 from rlhf_lightning.models.base_weights import check_trainable
+from rlhf_lightning.models.distillation import Distillation, Teacher
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
@@ -145,6 +146,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         self._trained_with: dict[str, Any] | None = None
         self.model: PreTrainedModel = None
         """The model; None until `configure_model` has loaded it."""
+        self.teacher: Teacher | None = None
         # Frozen weights are not in the checkpoint; on_load_checkpoint checks which weights are missing.
         self.strict_loading = False
         self.register_load_state_dict_post_hook(_frozen_may_be_missing)
@@ -258,7 +260,29 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
 
     def modules_to_shard(self) -> list[nn.Module]:
         """Modules that `ModelParallelStrategy` shards in addition to `heads`: trained ones, and large frozen ones."""
-        return [self.model]
+        return [self.model, *([] if self.teacher is None else self.teacher.reference.modules_to_shard)]
+
+    def load_teacher(self, settings: Distillation, temperature: float) -> None:
+        """Load the teacher of distillation; a subclass calls this in `build`.
+
+        Args:
+            settings: The settings of distillation.
+            temperature: Temperature of both distributions, unless the settings have one.
+
+        Raises:
+            ConfigError: If the teacher cannot be loaded, has another vocabulary, or would be tensor-parallel.
+        """
+        if self._device_mesh is not None and self._device_mesh["tensor_parallel"].size() > 1:
+            raise ConfigError("model.distillation is untested with tensor parallelism. Turn one of them off")
+        self.teacher = settings.build(self.tokenizer, self.max_tokens_per_batch, self.dtype_name, temperature)
+        self.teacher_model = self.teacher.model  # so that it moves with this module
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of this module; the teacher stays in eval mode."""
+        super().train(mode)
+        if self.teacher is not None:
+            self.teacher.model.eval()
+        return self
 
     def start(self) -> Start:
         """How to load the start model."""
@@ -544,7 +568,8 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
             "start": name,
             "stop_token_ids": rendering["stop_token_ids"],
         }
-        return {**facts, "rendering": rendering}
+        teacher = {} if self.teacher is None else {"teacher": self.teacher.settings.teacher}
+        return {**facts, **teacher, "rendering": rendering}
 
 
 def _frozen(module: nn.Module) -> set[str]:

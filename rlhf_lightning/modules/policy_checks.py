@@ -10,6 +10,7 @@ from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
+from rlhf_lightning.models.distillation import Distillation
 from rlhf_lightning.models.sharding import is_sharded
 from rlhf_lightning.objectives.policy import PolicyObjective
 from rlhf_lightning.rewards import Reward
@@ -121,6 +122,36 @@ def check_producer(strategy: Strategy, model: nn.Module, sampler: Sampler) -> No
             "model.max_staleness and sampler.cuda_graphs are set, but a CUDA graph cannot be recorded while the model "
             "trains on the same GPU. Set sampler.cuda_graphs: false"
         )
+
+
+def check_distillation(
+    distillation: Distillation | None, kl: KLPenalty | None, rewarded: bool, resample_groups: int, max_staleness: int
+) -> None:
+    """Raise `ConfigError` if distillation does not fit the other settings.
+
+    Args:
+        distillation: The settings of distillation, if any.
+        kl: The KL penalty, if any.
+        rewarded: True if episodes get a reward.
+        resample_groups: See `PolicyRLModule`.
+        max_staleness: See `PolicyRLModule`.
+    """
+    if distillation is None:
+        return
+    fraction = distillation.on_policy_fraction
+    if fraction < 1 and (rewarded or kl is not None):
+        raise ConfigError(
+            f"distillation.on_policy_fraction is {fraction}, so answers of the data are mixed in, "
+            "but rewards and a KL penalty need sampled answers. Set it to 1, or leave out model.rewards, "
+            "model.environment and model.kl"
+        )
+    if fraction < 1 and max_staleness:
+        raise ConfigError(
+            f"distillation.on_policy_fraction is {fraction}, which is not possible when a thread samples rounds ahead "
+            "(model.max_staleness); leave out one of them"
+        )
+    if resample_groups and not rewarded:
+        raise ConfigError("model.resample_groups has no effect without rewards; leave it out")
 
 
 def check_rounds(data: PromptDataModule, objective: PolicyObjective, accumulate: int) -> None:

@@ -16,10 +16,12 @@ if TYPE_CHECKING:
 
 RETURNED = ("log_ratio_mean", "clip_fraction", "log_ratio_clamped")
 """Metrics of the mini-batch that a training step returns in addition to the loss."""
-NUMBERS = ("loss", "value_loss", "entropy", "logprob_gap", *RETURNED)
+NUMBERS = ("loss", "value_loss", "entropy", "logprob_gap", "divergence", *RETURNED)
 """Metrics that are summed over an optimizer step."""
 LARGEST = ("log_ratio_max",)
 ROUND_ON_BAR = ("reward", "kl", "truncated")
+OF_REWARD = ("reward", "zero_variance_groups")
+"""Statistics of a round that have no meaning without a reward."""
 WHY = {
     "truncated": "truncated responses",
     "failed_episodes": "failed episodes",
@@ -52,6 +54,8 @@ def step_sums(
     }
     if batch.get("first"):
         sums["logprob_gap"] = ((logprobs - batch.get("sampling_logprobs", old)) * loss_mask).abs()
+    if output.divergence is not None:
+        sums["divergence"] = output.divergence.detach()
     count = loss_mask.sum()
     return {name: (values.sum(), count) for name, values in sums.items()}, {"log_ratio_max": log_ratio.max()}
 
@@ -77,10 +81,11 @@ def why_empty(statistics: Mapping[str, float]) -> str:
 class HeldOut(nn.Module):
     """Means over held-out prompts, exact over ranks.
 
-    Covers the reward of a greedy and of a sampled response, and the length, truncation and KL of the sampled one.
+    Covers the reward of a greedy and of a sampled response, and of the sampled one the length, truncation, KL, and
+    divergence from a teacher.
 
     Example:
-        >>> [name for name, metric in HeldOut().logged(kl=False)]
+        >>> [name for name, metric in HeldOut().logged(["kl", "divergence"])]
         ['reward_greedy', 'reward_sampled', 'response_tokens', 'truncated']
     """
 
@@ -88,6 +93,7 @@ class HeldOut(nn.Module):
         super().__init__()
         self.reward_greedy, self.reward_sampled = MeanMetric(), MeanMetric()
         self.response_tokens, self.truncated, self.kl = MeanMetric(), MeanMetric(), MeanMetric()
+        self.divergence = MeanMetric()
 
     def add(self, greedy: Sequence[Episode], sampled: Sequence[Episode]) -> None:
         """Add the episodes of a batch of prompts.
@@ -104,12 +110,14 @@ class HeldOut(nn.Module):
             self.truncated.update(float(episode.truncated))
             self.kl.update(episode_kl(episode))
 
-    def logged(self, kl: bool) -> Iterator[tuple[str, Metric]]:
+    def logged(self, without: Sequence[str] = (), rewarded: bool = True) -> Iterator[tuple[str, Metric]]:
         """Names and metrics to log.
 
         Args:
-            kl: Include the KL in nats per response, which needs a reference.
+            without: Names to leave out: `kl` (nats per response) without a reference, `divergence` (nats per token)
+                without a teacher.
+            rewarded: False to leave out rewards as well.
         """
         for name, metric in self.named_children():
-            if isinstance(metric, Metric) and (kl or name != "kl"):
+            if isinstance(metric, Metric) and name not in without and (rewarded or not name.startswith("reward")):
                 yield name, metric

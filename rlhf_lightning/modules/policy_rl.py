@@ -1,11 +1,14 @@
 """Policy RL: rollouts, rewards, advantages, and a policy loss on the sampled tokens."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
+import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
@@ -17,16 +20,20 @@ from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
 from rlhf_lightning.generation.sampler import EngineSettings, ModelSampler, Sampler
 from rlhf_lightning.models.critic import Critic, ValueModel
+from rlhf_lightning.models.distillation import Distillation
 from rlhf_lightning.models.loading import disable_dropout
 from rlhf_lightning.models.memory import trained
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.reference import Reference, load_reference
+from rlhf_lightning.models.scorers import padded_batches
 from rlhf_lightning.models.token_logprobs import TokenLogprobs, TokenLogprobsOutput
 from rlhf_lightning.modules.base import RLHFModule
+from rlhf_lightning.modules.data_answers import answer_episode, check_answers, split_prompts
 from rlhf_lightning.modules.hf_batches import Columns
 from rlhf_lightning.modules.policy_checks import (
     MOST_TIMES,
     check_algorithm,
+    check_distillation,
     check_groups,
     check_minibatches,
     check_producer,
@@ -39,6 +46,7 @@ from rlhf_lightning.modules.policy_checks import (
 from rlhf_lightning.modules.policy_metrics import (
     LARGEST,
     NUMBERS,
+    OF_REWARD,
     RETURNED,
     ROUND_ON_BAR,
     HeldOut,
@@ -56,7 +64,7 @@ from rlhf_lightning.objectives.policy.importance import token_log_ratio
 from rlhf_lightning.objectives.value import value_loss
 from rlhf_lightning.rewards import Reward, RewardTerm, check_finite
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
-from rlhf_lightning.rollout.collector import RolloutCollector, TokenFunctions, answers
+from rlhf_lightning.rollout.collector import CHUNK, RolloutCollector, TokenFunctions, answers
 from rlhf_lightning.rollout.dataloader import Producer, RolloutDataLoader
 from rlhf_lightning.rollout.kl import KLController, KLPenalty
 from rlhf_lightning.rollout.producer import RolloutProducer
@@ -69,6 +77,7 @@ if TYPE_CHECKING:
     from rlhf_lightning.types import RolloutBatch, Row, StateDict
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
 VALIDATION = 1_000_003  # part of the seed of validation rollouts, so that it differs from any training round's
 SANITY_PROMPTS = 8
 """Number of prompts per batch in the sanity check of Lightning, which only looks for errors."""
@@ -110,9 +119,11 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         max_staleness: Number of rounds that a thread samples ahead while the policy trains; 0 (the default) samples
             each round before it is trained on. Above 0, `importance_weights` are required.
         resample_groups: Number of times that a group with equal rewards is sampled again; 0 by default.
+        distillation: Also learn a teacher's distributions at the sampled tokens: adds `distillation.coefficient` times
+            the mean divergence per token to the loss. No reward is needed then. None by default.
         recipe: Name of an algorithm that sets objective, advantage, kl, critic and resample_groups unless they are
-            given: `dapo`, `dr_grpo`, `grpo`, `gspo`, `mint`, `ppo`, `reinforce_pp` or `rloo`. The constructor of the
-            same name documents what it sets, and why.
+            given: `dapo`, `distill`, `distill_pg`, `dr_grpo`, `grpo`, `gspo`, `mint`, `ppo`, `reinforce_pp` or `rloo`.
+            The constructor of the same name documents what it sets, and why.
 
     Raises:
         ConfigError: If settings are invalid or incompatible.
@@ -145,6 +156,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         importance_weights: ImportanceWeights | bool | None = None,
         max_staleness: int = 0,
         resample_groups: int | None = None,
+        distillation: Distillation | None = None,
         recipe: str | None = None,
         **kwargs: Any,
     ) -> None:
@@ -160,10 +172,11 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         check_object("model.sampler", sampler, "Sampler(max_tokens=64)")
         check_object("model.critic", critic, "Critic()")
         check_object("model.limits", limits, "Limits()")
+        check_object("model.distillation", distillation, "Distillation('Qwen/Qwen3-8B')")
         check_rewards(rewards)
         self.objective, self.advantage = objective or ImportanceSampling(), advantage or GroupCentered()
         self.rewards = list(rewards or [])
-        self.kl, self.critic, self.sampler = kl, critic, sampler or Sampler()
+        self.kl, self.critic, self.sampler, self.distillation = kl, critic, sampler or Sampler(), distillation
         # `kl` are the settings; the current coefficient is that of `kl_controller.penalty`.
         self.kl_controller = None if kl is None else KLController(kl)
         self.environment = environment_factory(environment, environment_args)
@@ -176,6 +189,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         self.producer: RolloutProducer | None = None
         """Samples rounds ahead of training; None if `max_staleness` is 0, or before training."""
         check_algorithm(self.objective, self.advantage, self.kl, self.critic)
+        check_distillation(distillation, self.kl, self.rewarded, self.resample_groups, max_staleness)
         check_finite("model.truncated_reward", truncated_reward)
         check_finite("model.entropy_coefficient", entropy_coefficient)
         check_whole("model.resample_groups", self.resample_groups, 0, MOST_TIMES)
@@ -340,6 +354,56 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         return cls._of_recipe("ppo", model, rewards, settings)
 
     @classmethod
+    def distill(
+        cls, model: Any, teacher: str | Distillation, rewards: list[Reward] | None = None, **settings: Any
+    ) -> Self:
+        """On-policy distillation (GKD, arXiv 2306.13649): the student answers, the teacher's distributions are learned.
+
+        At each token that the student sampled, p is its distribution over the vocabulary and q the teacher's. The loss
+        is KL(p ‖ q) by default (`Distillation.beta` selects others), averaged over all tokens of the optimizer step.
+        As in GKD and TRL, its gradient does not include the effect of a token on later ones. Rewards may be added; the
+        loss then includes their policy loss, with the advantages R_i - mean(R).
+
+        The recipe sets `objective` ImportanceSampling(aggregation="token_mean"), `advantage`
+        GroupCentered(scale="none"), and the constructor `distillation`.
+
+        Args:
+            model: See `PolicyRLModule`.
+            teacher: The teacher: a model folder or Hub id, or a `Distillation` with further settings.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.distill("Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-8B")  # doctest: +SKIP
+        """
+        distillation = Distillation(teacher) if isinstance(teacher, str) else teacher
+        return cls._of_recipe("distill", model, rewards, {"distillation": distillation, **settings})
+
+    @classmethod
+    def distill_pg(cls, model: Any, teacher: str, rewards: list[Reward] | None = None, **settings: Any) -> Self:
+        """On-policy distillation as a policy gradient, as in tinker-cookbook: the reverse KL of a token is its reward.
+
+        A_t = R_i - mean(R) - (log q - log p_teacher) of the sampled token; the loss is -r·A, averaged over all tokens.
+        Its expected gradient is that of `distill` with the reverse KL, but it only needs the teacher's
+        log-probabilities of the sampled tokens. (tinker-cookbook sums over tokens instead of averaging.)
+
+        The recipe sets `objective` ImportanceSampling(aggregation="token_mean"), `advantage`
+        GroupCentered(scale="none"), `kl` KLPenalty(1.0, place="reward", discount=0.0, centered=False), whose
+        `reference` is the teacher.
+
+        Args:
+            model: See `PolicyRLModule`.
+            teacher: Model folder or Hub id of the teacher.
+            rewards: See `PolicyRLModule`.
+            **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
+
+        Example:
+            >>> module = PolicyRLModule.distill_pg("Qwen/Qwen3-0.6B", teacher="Qwen/Qwen3-8B")  # doctest: +SKIP
+        """
+        kl = KLPenalty(1.0, place="reward", discount=0.0, centered=False, reference=teacher)
+        return cls._of_recipe("distill_pg", model, rewards, {"kl": kl, **settings})
+
+    @classmethod
     def mint(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
         """The RL stage of the MinT and Tinker recipe: importance sampling with a KL penalty in the reward.
 
@@ -373,6 +437,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         if self.kl is not None:
             self.reference = self._make_reference(self.kl)
             self.reference_copy = self.reference.copy
+        if self.distillation is not None:
+            self.load_teacher(self.distillation, self.sampler.temperature)
         self.model_sampler = self.sampler.build(self.model, self.renderer, tokens_per_batch)
         terms = [RewardTerm(reward, self.renderer, self.model_sampler.stop) for reward in self.rewards]
         self.reward_terms = nn.ModuleList(terms)
@@ -419,22 +485,19 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         temperature = self.sampler.temperature
         reference, recompute = self.reference, self.importance_weights is not None
 
-        def recomputed(ids: Tensor, loss_mask: Tensor) -> Tensor:
-            return self.token_logprobs(ids, loss_mask, temperature).logprobs
-
         return TokenFunctions(
             reference_logprobs=None
             if reference is None
             else lambda ids, loss_mask: reference.logprobs(ids, loss_mask, temperature),
-            recomputed_logprobs=recomputed if recompute else None,
+            recomputed_logprobs=self._recomputed_logprobs if recompute else None,
             values=None if self.value_model is None else self.critic_values,
         )
 
     def modules_to_shard(self) -> list[nn.Module]:
-        """The policy, and the backbones of critic and reference if these have their own weights."""
+        """The policy, the teacher, and the backbones of critic and reference if these have their own weights."""
         critic = None if self.value_model is None else self.value_model.backbone
         reference = [] if self.reference is None else self.reference.modules_to_shard
-        return [self.model, *([] if critic is None else [critic]), *reference]
+        return [*super().modules_to_shard(), *([] if critic is None else [critic]), *reference]
 
     @property
     def packed_forward(self) -> PackedForward:
@@ -488,7 +551,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             self.rollouts = self._loader(data, by_group(recorded), self.collector.collect_recorded, where)
         else:
             self.producer = self._make_producer(data.group_size) if self.max_staleness else None
-            collect = partial(self.collector.collect, group_size=data.group_size, producer=self.producer)
+            collect = partial(self._collect, group_size=data.group_size, producer=self.producer)
             self.rollouts = self._loader(data, prompts, collect, where, self.producer)
         return self.rollouts
 
@@ -509,6 +572,27 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             # The contexts of other plugins set the default data type of all threads.
             context=plugin.forward_context if isinstance(plugin, MixedPrecision) else nullcontext,
         )
+
+    def _collect(
+        self, prompts: Sequence[Prompt], round_index: int, group_size: int, producer: RolloutProducer | None
+    ) -> tuple[list[TrainingSample], Sums]:
+        """Collect a round, and mix in the answers of the data that `distillation.on_policy_fraction` asks for."""
+        if self.distillation is None or self.distillation.on_policy_fraction == 1:
+            return self.collector.collect(prompts, round_index, group_size, producer)
+        sampled, answered = split_prompts(prompts, self.distillation.on_policy_fraction, (self.seed, round_index))
+        samples, sums = self.collector.collect(sampled, round_index, group_size)
+        given = [answer_episode(self.renderer, prompt, self.sampler.max_tokens) for prompt in answered]
+        with torch.no_grad(), self.sampling_context():
+            # With the policy's log-probabilities, ratios are 1 on these tokens too.
+            self.collector.fill(given, TokenFunctions(recomputed_logprobs=self._recomputed_logprobs))
+        for episode in given:
+            for sample in episode.training_samples:
+                sample.sampling_logprobs, sample.group = sample.recomputed_logprobs, episode.group
+                samples.append(sample)
+        return samples, {**sums, "on_policy": (float(len(sampled)), len(prompts))}
+
+    def _recomputed_logprobs(self, ids: Tensor, loss_mask: Tensor) -> Tensor:
+        return self.token_logprobs(ids, loss_mask, self.sampler.temperature).logprobs
 
     def _loader(
         self,
@@ -536,15 +620,22 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         """Raise `ConfigError` if the module and the data module are incompatible."""
         check_rounds(data, self.objective, self.trainer.accumulate_grad_batches)
         if data.recorded:
+            if self.distillation is not None and self.distillation.on_policy_fraction < 1:
+                raise ConfigError(
+                    "distillation.on_policy_fraction is below 1, but data.episodes are not sampled; leave it out"
+                )
             recomputes = self.importance_weights is not None
             samples_again = bool(self.resample_groups or self.max_staleness)
             check_recorded(recorded, self.objective, self.advantage, self.kl, self.critic, recomputes, samples_again)
             check_minibatches(data.minibatches, len(recorded))
             return
         check_minibatches(data.minibatches, data.prompts_per_round * data.group_size)
-        check_groups(data.group_size, self.advantage, self.resample_groups)
+        if self.rewarded:
+            check_groups(data.group_size, self.advantage, self.resample_groups)
         check_sampling(self.sampler, prompts, self.model_sampler.context)
-        self._check_rewarded()
+        self._check_signal()
+        if self.distillation is not None and self.distillation.on_policy_fraction < 1:
+            check_answers(prompts, data.group_size)
         for term in self.collector.terms:
             term.check(prompts)
 
@@ -553,9 +644,16 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         """True if episodes get a reward, from `rewards` or from their environment."""
         return bool(self.rewards) or self.environment is not None
 
-    def _check_rewarded(self) -> None:
-        if not self.rewarded:
-            raise ConfigError("there is no reward. Set model.rewards or model.environment")
+    def _check_signal(self) -> None:
+        """Raise `ConfigError` if there is nothing to learn from: neither a reward nor a teacher."""
+        if self.rewarded or self.distillation is not None:
+            return
+        if self.kl is None or self.kl.reference is None or not self.kl.coefficient:
+            raise ConfigError(
+                "there is no reward. Set model.rewards or model.environment; or, to learn from a teacher, "
+                "model.distillation"
+            )
+        rank_zero_only(log.warning)("there is no reward: the policy only learns from the KL to %s", self.kl.reference)
 
     def on_train_batch_start(self, batch: Columns, batch_idx: int) -> None:
         """Pass the statistics of a new round, over all ranks, to the collector."""
@@ -592,7 +690,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             `loss`, a scalar with gradient, and metrics of this mini-batch.
         """
         ids, loss_mask = batch["input_ids"], batch["loss_mask"]
-        output = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True)
+        comparison = None if self.teacher is None else self.teacher(ids, loss_mask)
+        output = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True, teacher=comparison)
         sums, largest = step_sums(output, batch, self.objective, self._clamped(output.logprobs.detach(), batch))
         metrics = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in RETURNED}
         if self.reference is not None and batch.get("first"):
@@ -623,7 +722,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
                 parameter.grad = None
 
     def _policy_loss(self, output: TokenLogprobsOutput, batch: "RolloutBatch") -> tuple[Tensor, Tensor]:
-        """The loss, a scalar, and the number of tokens with a gradient: with entropy or a critic, all of them."""
+        """The loss, a scalar, and the number of tokens with a gradient: all, with entropy, a critic or a teacher."""
         loss_mask, old = batch["loss_mask"], batch["old_logprobs"]
         kl = None if self.kl_controller is None else self.kl_controller.penalty
         per_token = self.objective(output.logprobs, old, batch["advantages"], loss_mask)
@@ -639,7 +738,11 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             assert output.entropy is not None
             bonus = self.normalized(output.entropy.sum(), batch, "tokens", loss_mask.sum())
             loss = loss - self.entropy_coefficient * bonus
-        if self.entropy_coefficient or self.critic is not None:
+        if self.distillation is not None:
+            assert output.divergence is not None
+            divergence = self.normalized(output.divergence.sum(), batch, "tokens", loss_mask.sum())
+            loss = loss + self.distillation.coefficient * divergence
+        if self.entropy_coefficient or self.critic is not None or self.distillation is not None:
             with_gradient = loss_mask != 0
         return loss, with_gradient.sum()
 
@@ -692,6 +795,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         The metrics of an optimizer step are logged at its end, by `StepEnd`.
         """
         for name, number in (batch.get("statistics") or {}).items():
+            if name in OF_REWARD and not self.rewarded:
+                continue
             self.log(f"train/{name}", number, on_step=True, on_epoch=False, prog_bar=name in ROUND_ON_BAR)
         source = float(any(reward.scored_by_model for reward in self.rewards))
         self.log("reward_source_prm", source, on_step=True, on_epoch=False)
@@ -737,20 +842,37 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             batch: The prompts.
             name: `val` or `test`.
         """
-        self._check_rewarded()
+        self._check_signal()
         prompts = kept_prompts(batch)
         if self.trainer.sanity_checking:
             prompts = prompts[:SANITY_PROMPTS]
         metrics = self.heldout[f"{name}_"]
         assert isinstance(metrics, HeldOut)
         with self.sampling_context():
-            greedy = self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
+            greedy = self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0) if self.rewarded else []
             sampled = self.collector.rollout(prompts, 1, (VALIDATION,))
             if self.reference is not None:
                 self.collector.fill(sampled, TokenFunctions(self.collector.token_functions.reference_logprobs))
-        metrics.add(greedy, sampled)
-        for key, metric in metrics.logged(kl=self.reference is not None):
-            self.log(f"{name}/{key}", metric, prog_bar=key == "reward_sampled", batch_size=max(1, len(prompts)))
+            metrics.add(greedy, sampled)
+            self._add_divergence(sampled, metrics)
+        without = {"kl": self.reference is None, "divergence": self.teacher is None}
+        for key, metric in metrics.logged([name for name in without if without[name]], rewarded=self.rewarded):
+            on_bar = key == "reward_sampled" or (key == "divergence" and not self.rewarded)
+            self.log(f"{name}/{key}", metric, prog_bar=on_bar, batch_size=max(1, len(prompts)))
+
+    def _add_divergence(self, episodes: Sequence[Episode], metrics: HeldOut) -> None:
+        """Add the divergence from the teacher at the sampled tokens. All ranks must call this together."""
+        if self.teacher is None:
+            return
+        samples = [sample for episode in episodes for sample in episode.training_samples if sample.actions]
+        ids, masks = [sample.ids for sample in samples], [sample.loss_mask for sample in samples]
+        for _, batch in padded_batches(ids, masks, CHUNK, self.device, range(len(samples)), even=True):
+            tokens, loss_mask = batch["input_ids"], batch["loss_mask"]
+            comparison = self.teacher(tokens, loss_mask)
+            output = self.token_logprobs(tokens, loss_mask, self.sampler.temperature, teacher=comparison)
+            assert output.divergence is not None
+            count = loss_mask.sum()
+            metrics.divergence.update(output.divergence.sum() / count.clamp(min=1), weight=count)
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
         """Sample one response to each prompt."""

@@ -51,6 +51,15 @@ RECIPES: dict[str, RecipeSettings] = {
         "advantage": _advantage("GroupCentered", scale="std"),
         "resample_groups": 3,
     },
+    "distill": {
+        "objective": _object(f"{_OBJECTIVES}.ImportanceSampling", aggregation="token_mean"),
+        "advantage": _advantage("GroupCentered", scale="none"),
+    },
+    "distill_pg": {
+        "objective": _object(f"{_OBJECTIVES}.ImportanceSampling", aggregation="token_mean"),
+        "advantage": _advantage("GroupCentered", scale="none"),
+        "kl": _object(_KL, coefficient=1.0, place="reward", discount=0.0, centered=False),
+    },
     "dr_grpo": {
         "objective": _clipped(clip_low=0.2, clip_high=0.2, aggregation="constant"),
         "advantage": _advantage("GroupCentered", scale="none"),

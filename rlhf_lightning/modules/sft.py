@@ -1,6 +1,7 @@
-"""Supervised fine-tuning."""
+"""Supervised fine-tuning, and distillation on the tokens of the data."""
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -8,6 +9,7 @@ from torchmetrics import MeanMetric
 from rlhf_lightning.data.prompts import PromptBatch, kept_prompts
 from rlhf_lightning.errors import ConfigError, check_object
 from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.models.distillation import Distillation
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.modules.base import RLHFModule
@@ -24,13 +26,28 @@ class HeldOutLikelihood(nn.Module):
 
     Example:
         >>> [name for name, metric in HeldOutLikelihood().named_children()]
-        ['nll', 'perplexity', 'bits_per_byte', 'tokens']
+        ['nll', 'perplexity', 'bits_per_byte', 'tokens', 'divergence']
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.nll, self.perplexity = MeanMetric(), Perplexity()
         self.bits_per_byte, self.tokens = BitsPerByte(), Count()
+        self.divergence = MeanMetric()
+
+
+class _Sums(NamedTuple):
+    """Sums over the trained tokens of a batch.
+
+    Attributes:
+        nll: Negative log-likelihoods, in nats.
+        divergence: Divergences from the teacher, in nats; None without a teacher.
+        tokens: Number of trained tokens.
+    """
+
+    nll: Tensor
+    divergence: Tensor | None
+    tokens: Tensor
 
 
 class SFTModule(RLHFModule[SFTBatch]):
@@ -38,11 +55,18 @@ class SFTModule(RLHFModule[SFTBatch]):
 
     A batch is a dict with `input_ids` and `loss_mask` (1 at trained tokens), both `[B, T]`, padded on the right. Logs
     `train/nll` and `val/nll` (nats per token), `val/perplexity`, `val/bits_per_byte`, and `train/tokens` (trained
-    tokens of the epoch).
+    tokens of the epoch); with distillation also `train/divergence` and `val/divergence` (nats per token).
 
     Args:
         model: Folder, Hub id or object of the model to start from; see `RLHFModule` for further arguments.
         sampler: Samples the responses of `predict`; by default greedy, up to 128 tokens.
+        distillation: Learn a teacher's distributions at the trained tokens (off-policy distillation). The loss is
+            `distillation.coefficient` times the divergence, plus `nll_coefficient` times the negative log-likelihood.
+        nll_coefficient: Weight of the negative log-likelihood beside distillation; 0 by default. Only with
+            `distillation`.
+
+    Raises:
+        ConfigError: If a setting is out of range or has no effect.
 
     Example:
         >>> module = SFTModule("Qwen/Qwen3-0.6B")  # doctest: +SKIP
@@ -52,16 +76,37 @@ class SFTModule(RLHFModule[SFTBatch]):
     stage_kind = "sft"
     on_bar = ("nll",)
 
-    def __init__(self, model: Any, sampler: Sampler | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model: Any,
+        sampler: Sampler | None = None,
+        distillation: Distillation | None = None,
+        nll_coefficient: float | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(model, **kwargs)
         check_object("model.sampler", sampler, "Sampler(max_tokens=64)")
+        check_object("model.distillation", distillation, "Distillation('Qwen/Qwen3-8B')")
+        if distillation is None and nll_coefficient is not None:
+            raise ConfigError("model.nll_coefficient has no effect without model.distillation; leave it out")
+        if nll_coefficient is not None and not 0 <= nll_coefficient < math.inf:
+            raise ConfigError(f"model.nll_coefficient is {nll_coefficient}; it must be finite and not negative")
+        if distillation is not None and distillation.on_policy_fraction < 1:
+            raise ConfigError(
+                f"distillation.on_policy_fraction is {distillation.on_policy_fraction}, but SFT trains only on the "
+                "answers of the data; leave it out, or use a policy stage"
+            )
         self.sampler = sampler or Sampler(temperature=0.0)
-        self.step_numbers, self.train_tokens = StepNumbers(("nll",)), Count()
+        self.distillation = distillation
+        self.nll_coefficient = (nll_coefficient or 0.0) if distillation else 1.0
+        self.step_numbers, self.train_tokens = StepNumbers(("nll", "divergence")), Count()
         self.heldout = nn.ModuleDict({name: HeldOutLikelihood() for name in ("val", "test")})
 
     def build(self) -> None:
         """Build what computes log-probabilities with the model."""
         self.token_logprobs = TokenLogprobs(self.model, self.max_tokens_per_batch)
+        if self.distillation is not None:
+            self.load_teacher(self.distillation, temperature=1.0)
 
     @property
     def packed_forward(self) -> PackedForward:
@@ -78,17 +123,23 @@ class SFTModule(RLHFModule[SFTBatch]):
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         """Compute the loss of a micro-batch, a scalar: its share of the mean over the step's trained tokens."""
-        total, count = self._nll(batch)
-        self.step_numbers.add(count, {"nll": (total, count)})
-        self.train_tokens.update(count)
+        sums = self._sums(batch)
+        numbers = {"nll": (sums.nll, sums.tokens)}
+        loss = self.nll_coefficient * sums.nll
+        if self.distillation is not None and sums.divergence is not None:
+            numbers["divergence"] = sums.divergence, sums.tokens
+            loss = loss + self.distillation.coefficient * sums.divergence
+        self.step_numbers.add(sums.tokens, numbers)
+        self.train_tokens.update(sums.tokens)
         self.log("train/tokens", self.train_tokens, on_step=False, on_epoch=True)
-        return self.normalized(total, batch, "tokens", count)
+        return self.normalized(loss, batch, "tokens", sums.tokens)
 
-    def _nll(self, batch: SFTBatch) -> tuple[Tensor, Tensor]:
-        """Sum of the negative log-likelihoods of the trained tokens, in nats, and the number of these tokens."""
-        loss_mask = batch["loss_mask"]
-        total = nll(self.token_logprobs(batch["input_ids"], loss_mask).logprobs, loss_mask).sum()
-        return total, loss_mask.sum()
+    def _sums(self, batch: SFTBatch) -> _Sums:
+        ids, loss_mask = batch["input_ids"], batch["loss_mask"]
+        comparison = None if self.teacher is None else self.teacher(ids, loss_mask)
+        found = self.token_logprobs(ids, loss_mask, teacher=comparison)
+        divergence = None if found.divergence is None else (found.divergence * loss_mask).sum()
+        return _Sums(nll(found.logprobs, loss_mask).sum(), divergence, loss_mask.sum())
 
     def why_empty(self) -> str:
         return (
@@ -110,10 +161,13 @@ class SFTModule(RLHFModule[SFTBatch]):
             batch: The batch.
             name: `val` or `test`.
         """
-        total, count = self._nll(batch)
+        total, divergence, count = self._sums(batch)
         metrics = self.heldout[name]
         assert isinstance(metrics, HeldOutLikelihood)
         mean = total / count.clamp(min=1)
+        if divergence is not None:
+            metrics.divergence.update(divergence / count.clamp(min=1), weight=count)
+            self.log(f"{name}/divergence", metrics.divergence)
         metrics.nll.update(mean, weight=count)
         metrics.perplexity.update(mean, weight=count)
         metrics.tokens.update(count)

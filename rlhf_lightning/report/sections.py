@@ -15,6 +15,7 @@ from rlhf_lightning.types import Message
 CURVES: dict[str, list[tuple[str, list[str]]]] = {
     "sft": [
         ("negative log-likelihood, nats per token", ["train/nll", "val/nll"]),
+        ("divergence from the teacher, nats per token", ["train/divergence", "val/divergence"]),
         ("bits per byte", ["val/bits_per_byte"]),
     ],
     "preference": [
@@ -29,6 +30,7 @@ CURVES: dict[str, list[tuple[str, list[str]]]] = {
         ("reward", ["train/reward", "val/reward_sampled", "val/reward_greedy"]),
         ("gold reward", ["train/reward_gold"]),
         ("KL to the reference, nats per response", ["train/kl", "val/kl"]),
+        ("divergence from the teacher, nats per token", ["train/divergence", "val/divergence"]),
         ("entropy, nats per token", ["train/entropy"]),
         ("response tokens", ["train/response_tokens", "val/response_tokens"]),
         ("fraction of truncated responses", ["train/truncated", "val/truncated"]),
@@ -39,13 +41,19 @@ CURVES: dict[str, list[tuple[str, list[str]]]] = {
 HEADLINES = {
     "sft": {"val/nll": "held-out NLL", "train/nll": "NLL of the last step"},
     "preference": {"val/accuracy": "held-out pair accuracy", "train/accuracy": "pair accuracy of the last step"},
-    "policy": {"train/reward": "reward of the last round", "train/kl": "KL", "train/truncated": "truncated"},
+    "policy": {
+        "train/reward": "reward of the last round",
+        "train/divergence": "divergence from the teacher",
+        "train/kl": "KL",
+        "train/truncated": "truncated",
+    },
 }
 TILES = {
     "sft": {"val/nll": "held-out NLL, nats per token"},
     "preference": {"val/accuracy": "held-out pair accuracy"},
     "policy": {
         "train/reward": "reward",
+        "train/divergence": "divergence from the teacher, nats per token",
         "train/kl": "KL, nats per response",
         "train/response_tokens": "response tokens",
     },

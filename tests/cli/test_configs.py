@@ -25,7 +25,7 @@ CONFIGS = ROOT / "configs"
 RECIPES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" not in read_mapping(path))
 PIPELINES = sorted(path for path in CONFIGS.glob("*.yaml") if "stages" in read_mapping(path))
 # One config for each stage, objective and kind of rows; the others run in `make test-slow`.
-SAMPLE = {"sft", "reward_model", "dpo", "kto", "grpo", "ppo", "gsm8k", "mint_rl"}
+SAMPLE = {"sft", "reward_model", "dpo", "kto", "grpo", "ppo", "gsm8k", "distill", "mint_rl"}
 FULL = sorted((CONFIGS / "full").glob("*.yaml"))
 # Only sizes are reduced; losses, rewards and KL of a recipe are unchanged.
 SMALL = {"max_tokens": 6, "prompts_per_round": 4, "group_size": 2, "max_steps": 2, "max_epochs": 1, "batch_size": 4}
@@ -69,7 +69,7 @@ def small(value: Any, base: str, judge: str, data: dict[str, str], key: str = ""
         return {name: small(inner, base, judge, data, name) for name, inner in value.items()}
     if isinstance(value, list):
         return [small(inner, base, judge, data, key) for inner in value]
-    if key == "model" and isinstance(value, str):
+    if key in ("model", "teacher") and isinstance(value, str):
         return judge if value == "runs/preference/model" else base
     if key in ("train", "validation"):
         return data["gsm8k" if value.startswith("openai/gsm8k") else Path(value).stem]
@@ -84,7 +84,7 @@ def run_small(kind: str, files: list[Path], base: str, judge: str, data: dict[st
         path = tmp_path / f"{number}.yaml"
         path.write_text(yaml.safe_dump(small(read_mapping(file), base, judge, data)))
         args += ["-c", str(path)]
-    if kind == "policy" and "rewards" not in read_mapping(files[0])["model"]:
+    if kind == "policy" and not {"rewards", "distillation"} & read_mapping(files[0])["model"].keys():
         # A pipeline passes this to a stage with `reward`.
         reward = {"class_path": "rlhf_lightning.rewards.ModelReward", "init_args": {"model": judge}}
         args += ["--model.rewards", json.dumps([reward])]

@@ -28,6 +28,7 @@ KINDS = {
     "ppo": "policy",
     "grpo": "policy",
     "gsm8k": "policy",
+    "distill": "policy",
 }
 
 

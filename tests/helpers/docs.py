@@ -26,7 +26,7 @@ from tests.helpers.runs import complete
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "examples" / "README.md"]
-HUB_IDS = ("Qwen/Qwen3-0.6B", "DIR_OR_HUB_ID")
+HUB_IDS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "DIR_OR_HUB_ID")
 SHORT = {
     "sft": "--fresh --trainer.max_steps 2 --trainer.limit_val_batches 1",
     "preference": "--fresh --trainer.max_steps 2 --trainer.limit_val_batches 1",

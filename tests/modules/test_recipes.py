@@ -147,8 +147,33 @@ def mint() -> float:
     return loss
 
 
-PAPERS = {"dapo": dapo, "dr_grpo": dr_grpo, "grpo": grpo, "gspo": gspo, "mint": mint}
-PAPERS |= {"ppo": ppo, "reinforce_pp": reinforce_pp, "rloo": rloo}
+def distill() -> float:
+    """With rewards; the divergence is added to it, and is 0 here (tests/modules/test_distillation.py has it)."""
+    losses = []
+    for i, (new, old) in enumerate(zip(NEW, OLD, strict=True)):
+        advantage = REWARDS[i] - mean(in_group(i))
+        losses.append([-math.exp(n - o) * advantage for n, o in zip(new, old, strict=True)])
+    return over_tokens(losses)
+
+
+def distill_pg() -> float:
+    losses = []
+    for i, (new, old) in enumerate(zip(NEW, OLD, strict=True)):
+        advantages = [REWARDS[i] - mean(in_group(i)) - k for k in k1()[i]]
+        losses.append([-math.exp(n - o) * a for n, o, a in zip(new, old, advantages, strict=True)])
+    return over_tokens(losses)
+
+
+PAPERS = {
+    "distill": distill,
+    "distill_pg": distill_pg,
+    "dapo": dapo,
+    "dr_grpo": dr_grpo,
+    "grpo": grpo,
+    "gspo": gspo,
+    "mint": mint,
+}
+PAPERS |= {"mint": mint, "ppo": ppo, "reinforce_pp": reinforce_pp, "rloo": rloo}
 
 
 def padded(rows: Rows) -> torch.Tensor:
@@ -172,13 +197,15 @@ def policy_loss(module: Any) -> float:
         "reference_logprobs": padded(REFERENCE),
         "advantages": padded([episode.training_samples[0].advantages[1:] for episode in episodes]),
     }
-    loss, _ = module._policy_loss(TokenLogprobsOutput(padded(NEW)), batch)
+    equal = None if module.distillation is None else torch.zeros_like(padded(NEW))
+    loss, _ = module._policy_loss(TokenLogprobsOutput(padded(NEW), divergence=equal), batch)
     return float(loss)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_equal_the_losses_of_their_papers(name: str) -> None:
-    module = getattr(PolicyRLModule, name)("m", sampler=Sampler(BUDGET))
+    teacher = {"teacher": "t"} if name.startswith("distill") else {}
+    module = getattr(PolicyRLModule, name)("m", sampler=Sampler(BUDGET), **teacher)
     assert policy_loss(module) == pytest.approx(PAPERS[name](), rel=1e-6)
     named = PolicyRLModule("m", recipe=name, sampler=Sampler(BUDGET))
     assert policy_loss(named) == policy_loss(module)
@@ -203,7 +230,7 @@ def test_misspelled_recipe_gets_a_suggestion(name: str, hint: str, tmp_path: Pat
         PolicyRLModule("m", recipe=name)
     said = rlhf("policy", "fit", "--model.recipe", name, "--model.model", "m", cwd=tmp_path, code=2)
     assert f"Did you mean {hint}" in said
-    with pytest.raises(ConfigError, match="Recipes are dapo, dr_grpo"):
+    with pytest.raises(ConfigError, match="Recipes are dapo, distill, distill_pg, dr_grpo"):
         PolicyRLModule("m", recipe="xyz")
 
 
