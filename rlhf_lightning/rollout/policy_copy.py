@@ -42,8 +42,6 @@ class PolicyCopy:
         self._policy = policy
         copies = dict(self.model.named_parameters())
         self._trained = {name: copies[name] for name, weight in policy.named_parameters() if weight.requires_grad}
-        for weight in self._trained.values():
-            weight.requires_grad_(False)
 
     @torch.no_grad()
     def current(self) -> dict[str, Tensor]:

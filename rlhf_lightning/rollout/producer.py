@@ -75,7 +75,7 @@ class RolloutProducer:
         group_size: Episodes per prompt.
         max_staleness: Largest difference in rounds, at least 1.
         shares_engine: True if sampler and validation use the same external engine, so that they must take turns.
-        context: Context manager of the thread, for example autocast.
+        context: Context manager in which a round is sampled, for example autocast.
 
     Example:
         ```python
@@ -320,8 +320,7 @@ class _Thread:
 
     def _run(self) -> None:
         try:
-            producer = self.producer
-            with safe_points(self._stop_if_asked), torch.no_grad(), _stream(producer.copy.device), producer.context():
+            with safe_points(self._stop_if_asked), torch.no_grad(), _stream(self.producer.copy.device):
                 while (task := self._next()) is not None:
                     self._sample(*task)
         except _Stopped:
@@ -361,9 +360,10 @@ class _Thread:
 
     def _sample(self, index: int, version: int, prompts: Sequence[Prompt]) -> None:
         producer = self.producer
-        producer.sampler.sync(version)
-        runner = producer.make_runner(producer.sampler, (index,))
-        episodes = runner.run_groups(prompts, producer.group_size, version)
+        with producer.context():  # of one round, because autocast caches weights until its end
+            producer.sampler.sync(version)
+            runner = producer.make_runner(producer.sampler, (index,))
+            episodes = runner.run_groups(prompts, producer.group_size, version)
         with self.changed:
             self.finished[index], self.sampling = SampledRound(index, version, episodes), None
             self.changed.notify_all()
