@@ -23,10 +23,11 @@ from examples import (
     scorer,
     sft_own_data,
     stop_on_kl,
+    verifiers_environment,
 )
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
+from rlhf_lightning.data import reasoning_gym, verifiers
 from rlhf_lightning.data.prompts import Prompt
-from rlhf_lightning.data.reasoning_gym import is_installed
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.models.scorers import LoadedModel
@@ -77,13 +78,31 @@ def test_environments(base: str, tmp_path: Path) -> None:
     assert (last.reward, last.done) == (0.5, True)
 
 
-@pytest.mark.skipif(not is_installed(), reason="the package reasoning-gym is not installed (extra reasoning-gym)")
+@pytest.mark.skipif(
+    not reasoning_gym.is_installed(), reason="the package reasoning-gym is not installed (extra reasoning-gym)"
+)
 def test_reasoning_gym(base: str, tmp_path: Path) -> None:
     module = reasoning_tasks.main(base, str(tmp_path))
     assert module.trainer.global_step == 1
     assert len(module.last_episodes) == 8
     assert all(episode.terms == {"ReasoningGymReward": 0.0} for episode in module.last_episodes)  # it only babbles
     assert "train/reward_ReasoningGymReward_failed" in module.trainer.callback_metrics
+
+
+@pytest.mark.skipif(not verifiers.is_installed(), reason="the package verifiers is not installed (extra verifiers)")
+def test_verifiers_environment(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Episodes of several turns run side by side, and their rewards are those of the taskset."""
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "helpers" / "verifiers_tasks"))
+    module = verifiers_environment.main(base, "verifiers:guess_tasks?limit=2", str(tmp_path))
+    assert len(module.last_episodes) == 4
+    for episode in module.last_episodes:
+        said = [one["content"] or "" for one in episode.responses if one["role"] == "assistant"]
+        index = str(episode.row["verifiers"]["index"])  # type: ignore[index, call-overload]
+        if episode.truncated:  # cut off unless it was the last turn
+            assert len(said) == 1 or episode.reward == float(index in said[-1])
+        else:
+            assert episode.reward == float(index in said[-1])
+            assert len(said) == 2 or episode.reward
 
 
 def test_engine(base: str, tmp_path: Path) -> None:

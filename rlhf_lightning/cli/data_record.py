@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TypedDict
 
 from rlhf_lightning.data.names import check_there
-from rlhf_lightning.data.reasoning_gym import is_task
 from rlhf_lightning.data.records import Source, fingerprint, hashed_files
+from rlhf_lightning.data.task_sources import is_task
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
 from rlhf_lightning.types import JSON

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_lightning.data.containers import Container, library
 from rlhf_lightning.data.files import SUFFIXES, is_saved_dataset, local_files, place
-from rlhf_lightning.data.reasoning_gym import check_task, is_installed, is_task
+from rlhf_lightning.data.task_sources import check_task, is_task, is_task_installed
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.files import check_files_in
 
@@ -33,7 +33,7 @@ def load_saved(folder: str) -> "datasets.Dataset | datasets.DatasetDict":
 
 
 def check_there(source: str) -> None:
-    """Raise `DataError` unless the path exists, is a task of reasoning-gym, or may be a Hub id."""
+    """Raise `DataError` unless the path exists, is a task of another package, or may be a Hub id."""
     if is_task(source):
         check_task(source)
         return
@@ -53,7 +53,7 @@ def is_here(source: Container, texts: bool = False) -> bool:
         texts: If True, strings in a list are rows unless they end like file names.
     """
     if isinstance(source, str) and is_task(source):
-        return is_installed()
+        return is_task_installed(source)
     if isinstance(source, str | os.PathLike):
         saved = is_saved_dataset(place(source).partition(":")[0])
         return saved or os.path.exists(place(source)) or bool(glob.glob(place(source), recursive=True))

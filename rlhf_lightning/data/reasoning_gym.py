@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -11,14 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from types import NoneType
 from typing import Literal, Protocol, TypedDict, Union, get_args, get_origin, get_type_hints
-from urllib.parse import parse_qsl
 
 from rlhf_lightning.data.tables import Item
 from rlhf_lightning.errors import DataError, first_line, quoted
 from rlhf_lightning.types import JSON, Row
 
-PREFIX = "reasoning_gym:"
-_NAME = re.compile(rf"{PREFIX}[^\s?]*(\?\S*)?")
 COLUMN = "reasoning_gym"
 """Column of a row that records its task, parameters and index."""
 DEFAULTS: dict[str, JSON] = {"size": 500, "seed": 0}
@@ -78,47 +74,39 @@ class ScoredEntry:
     entry: Entry
 
 
-def is_task(source: str) -> bool:
-    """True if the name of a data source is a task: `reasoning_gym:TASK?PARAMETER=VALUE&…`.
-
-    Example:
-        >>> is_task("reasoning_gym:chain_sum?min_terms=2"), is_task("prompts.jsonl")
-        (True, False)
-    """
-    return _NAME.fullmatch(source) is not None
-
-
 def is_installed() -> bool:
     """True if the package is installed."""
     return find_spec("reasoning_gym") is not None
 
 
-def task_version() -> str:
-    """Version of the package, on which the rows of a task depend; empty if it is not installed."""
+def package_version() -> str:
+    """Version of the package; empty if it is not installed."""
     try:
         return version("reasoning-gym")
     except PackageNotFoundError:
         return ""
 
 
-def check_task(source: str) -> None:
-    """Raise `DataError` unless a data source names a task with parameters that it accepts."""
-    _task(*_parsed(source))
+def check(name: str, parameters: Mapping[str, JSON]) -> None:
+    """Raise `DataError` unless there is such a task, and it accepts the parameters."""
+    _task(name, _checked(name, parameters))
 
 
-def task_items(source: str) -> Iterator[Item]:
+def items(source: str, name: str, parameters: Mapping[str, JSON]) -> Iterator[Item]:
     """Rows of a task: `prompt`, `answer`, and the column `reasoning_gym`.
 
     Args:
-        source: For example `reasoning_gym:chain_sum?min_terms=2&size=500&seed=1`.
+        source: The whole name of the data source.
+        name: Name of the task.
+        parameters: Its parameters.
 
     Raises:
         DataError: If the package is missing, the task or a parameter is unknown, or a value is unsuitable.
     """
-    name, parameters = _parsed(source)
-    for index in range(len(_task(name, parameters))):
-        entry = _entry(name, parameters, index).entry
-        origin: Row = {"task": name, "index": index, "parameters": json.loads(parameters)}
+    checked = _checked(name, parameters)
+    for index in range(len(_task(name, checked))):
+        entry = _entry(name, checked, index).entry
+        origin: Row = {"task": name, "index": index, "parameters": json.loads(checked)}
         yield f"{source}[{index}]", {"prompt": entry["question"], "answer": entry["answer"], COLUMN: origin}
 
 
@@ -139,31 +127,7 @@ def task_entry(name: str, parameters: Mapping[str, JSON], index: int) -> ScoredE
     return _entry(name, checked, index)
 
 
-# -- names and parameters ---------------------------------------------------------------------------------------------
-
-
-def _parsed(source: str) -> tuple[str, str]:
-    """Name and parameters (as JSON) of a task."""
-    name, _, query = source.removeprefix(PREFIX).partition("?")
-    pairs = parse_qsl(query, keep_blank_values=True)
-    if query.count("&") + 1 != len(pairs) and query:
-        raise DataError(f"{source}: parameters must have the form {PREFIX}TASK?PARAMETER=VALUE&PARAMETER=VALUE")
-    keys = [key for key, _ in pairs]
-    if twice := [key for key in keys if keys.count(key) > 1]:
-        raise DataError(f"{source}: the parameter {twice[0]!r} is given twice; remove one")
-    try:
-        return name, _checked(name, {key: _value(text) for key, text in pairs})
-    except DataError as error:
-        raise DataError(f"{source}: {error}") from None
-
-
-def _value(text: str) -> JSON:
-    """A parameter's value: JSON, or else the text itself."""
-    try:
-        value: JSON = json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    return value
+# -- parameters --------------------------------------------------------------------------------------------------------
 
 
 def _checked(name: str, parameters: Mapping[str, JSON]) -> str:

@@ -26,8 +26,8 @@ from rlhf_lightning.data.containers import (
 )
 from rlhf_lightning.data.files import SUFFIXES, Wanted, file_items, is_saved_dataset, line_row, local_files, place
 from rlhf_lightning.data.names import check_there, hub_dataset, is_here, is_stream, load_saved
-from rlhf_lightning.data.reasoning_gym import is_task, task_items, task_version
 from rlhf_lightning.data.tables import Cells, Item, cell
+from rlhf_lightning.data.task_sources import is_task, task_items, task_version
 from rlhf_lightning.errors import DataError, quoted
 from rlhf_lightning.files import is_open_stream
 from rlhf_lightning.types import JSON, Row
@@ -120,7 +120,7 @@ def read_rows(
     """Read all rows of a source.
 
     Args:
-        source: A file name, a pattern, a folder of parts, a task of reasoning-gym (see `data.reasoning_gym`), or a Hub
+        source: A file name, a pattern, a folder of parts, a task of another package (see `data.task_sources`), or a Hub
             id (`owner/name`, `owner/name:split` or `owner/name:configuration/split`); a list of dicts, of such names,
             or of strings (with `text_key`); a dict of columns or of splits; a pandas or polars frame, an Arrow table,
             or a dataset of `datasets`.
@@ -271,7 +271,7 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
             item = list(library_rows(item, "")) if library(item) and not isinstance(item, Mapping) else plain(item)
             digest.update(json.dumps(item, sort_keys=True, default=str).encode())
         if isinstance(item, str) and is_task(item):
-            digest.update(task_version().encode())
+            digest.update(task_version(item).encode())
     return digest.hexdigest()
 
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 
 from rlhf_lightning.data.prompts import Prompt, prompt_messages
-from rlhf_lightning.data.reasoning_gym import COLUMN, ScoredEntry, task_entry, task_version
+from rlhf_lightning.data.reasoning_gym import COLUMN, ScoredEntry, package_version, task_entry
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.rewards.base import Reward
@@ -129,7 +129,7 @@ class ReasoningGymReward(Reward):
             raise RowError(str(error)) from None
         if not any(found.entry["question"] in (message["content"] or "") for message in prompt_messages(row)):
             raise RowError(
-                f"the installed reasoning-gym {task_version()} generates another question than the row has; generate "
-                "the rows again, or install the version that they are from"
+                f"the installed reasoning-gym {package_version()} generates another question than the row has; "
+                "generate the rows again, or install the version that they are from"
             )
         return found

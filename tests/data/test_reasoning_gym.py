@@ -90,7 +90,7 @@ def test_tasks_in_a_list_of_prompts_and_in_records(tmp_path: Path, monkeypatch: 
     assert hashed_files(SUMS) == []
     check_data_record(tmp_path, {"train": SUMS})
     before = fingerprint(SUMS)
-    monkeypatch.setattr("rlhf_lightning.data.records.task_version", lambda: "0.9")
+    monkeypatch.setattr("rlhf_lightning.data.reasoning_gym.package_version", lambda: "0.9")
     assert fingerprint(SUMS) != before
     with pytest.raises(Exception, match="has changed since the run"):
         check_data_record(tmp_path, {"train": SUMS})
