@@ -29,7 +29,7 @@ class StopOnKL(pl.Callback):
     """Ends training when the policy is too far from its start.
 
     Args:
-        limit: Largest KL, nats per response.
+        limit: Largest KL, nats per episode.
     """
 
     def __init__(self, limit: float) -> None:

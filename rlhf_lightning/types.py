@@ -210,7 +210,7 @@ class PreferenceBatch(PreferenceTokens, StepBatch, total=False):
 
 
 class RolloutBatch(TokenBatch, StepBatch, total=False):
-    """A mini-batch of a round of policy RL; each row is a `TrainingSample`. Values are 0 where `loss_mask` is 0."""
+    """A mini-batch of a round of policy RL; rows are `TrainingSample`s (N = B). Values are 0 where `loss_mask` is 0."""
 
     sampling_logprobs: Tensor
     """Log-probabilities that the sampler recorded, in nats, at its temperature, float32 `[N, T]`."""
@@ -406,7 +406,7 @@ class Episode:
 
     @property
     def truncated(self) -> bool:
-        """True if a response ran out of tokens."""
+        """True if the last response ran out of tokens, which ended the episode."""
         return self.stop_reason == "length"
 
     @property

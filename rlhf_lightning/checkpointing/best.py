@@ -18,7 +18,7 @@ class BestUnderKL(ModelCheckpoint):
     `--export best` exports it. Each validation is a candidate, so `trainer.val_check_interval` determines their number.
 
     Args:
-        kl_limit: Largest KL, in nats per response.
+        kl_limit: Largest KL, in nats per episode.
         monitor: Metric to maximize.
         kl: Metric to limit; the module logs it if `model.kl` is set.
         dirpath: Folder of the checkpoint; `checkpoints` in the stage's folder by default.
@@ -39,7 +39,7 @@ class BestUnderKL(ModelCheckpoint):
         dirpath: str | Path | None = None,
     ) -> None:
         if not kl_limit > 0:
-            raise ConfigError(f"BestUnderKL.kl_limit is {kl_limit}; it must be above 0 nats per response")
+            raise ConfigError(f"BestUnderKL.kl_limit is {kl_limit}; it must be above 0 nats per episode")
         super().__init__(
             dirpath,
             filename="best-{step}",

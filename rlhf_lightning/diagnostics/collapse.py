@@ -35,7 +35,7 @@ class StopOnCollapse(RoundCallback):
             reward.
         entropy_fraction: Fraction of the mean entropy of the first 5 rounds that the entropy must fall to; None to
             ignore the entropy.
-        kl_limit: KL that must be reached, in nats per response; None to ignore the KL.
+        kl_limit: KL that must be reached, in nats per episode; None to ignore the KL.
         patience: Number of consecutive rounds in which a check must fail.
 
     Raises:

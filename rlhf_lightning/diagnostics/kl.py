@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 class HighKL(MedianAbove):
     """The policy is far from the reference.
 
-    Learned rewards are over-optimized at some tens of nats per response (Stiennon et al. 2020, section 4.3, arXiv
+    Learned rewards are over-optimized at some tens of nats per episode (Stiennon et al. 2020, section 4.3, arXiv
     2009.01325; Gao et al. 2023, arXiv 2210.10760). Verifiers tolerate more.
 
     Args:
-        limit: KL in nats per response.
+        limit: KL in nats per episode.
         rounds: Number of rounds for the median.
 
     Example:
@@ -40,7 +40,7 @@ class GrowingKL(Check):
 
     Args:
         growth: Ratio of the median KL in the second half of the rounds to that in the first half.
-        floor: KL in nats per response below which growth is ignored.
+        floor: KL in nats per episode below which growth is ignored.
         trend: t-statistic of the slope of the reward at or above which the reward counts as rising.
         rounds: Number of rounds to consider.
 
@@ -87,7 +87,7 @@ class NegativeKL(Check):
     """The mean of k1 stays below 0, which is impossible for the expectation over the policy's own samples.
 
     Args:
-        limit: Distance below 0, in nats per response, that the KL must exceed in every round.
+        limit: Distance below 0, in nats per episode, that the KL must exceed in every round.
         rounds: Number of consecutive rounds.
 
     Example:

@@ -21,7 +21,7 @@ from rlhf_lightning.rollout.recorded import Recorded
 MOST_ROUNDS = 100
 """Maximum of `max_staleness`; beyond a few rounds importance weights vanish."""
 MOST_TIMES = 1000
-"""Maximum of `resample_groups`, because a reward that is equal for all responses is resampled that many times."""
+"""Maximum of `resample_groups`, because a group whose rewards are always equal is resampled that many times."""
 
 
 def check_rewards(rewards: Sequence[Reward] | None) -> None:
@@ -76,26 +76,26 @@ def check_algorithm(
     loss = type(objective).__name__
     if objective.sequence_level and advantage.needs_values:
         raise ConfigError(
-            f"{loss} treats a response as one action, but GAE gives each token its own advantage. Use ClippedSurrogate"
+            f"{loss} treats a sequence as one action, but GAE gives each token its own advantage. Use ClippedSurrogate"
         )
     unnormalized = objective.sequence_level and not getattr(objective, "normalized", True)
     if unnormalized and kl is not None and kl.place == "loss" and kl.coefficient:
         raise ConfigError(
-            f"{loss}(normalized=False) treats a response as one action, but kl.place is loss, which penalizes tokens. "
+            f"{loss}(normalized=False) treats a sequence as one action, but kl.place is loss, which penalizes tokens. "
             "Set kl.place to reward"
         )
 
 
-def check_staleness(max_staleness: int, objective: PolicyObjective, corrects_sampler: bool) -> None:
+def check_staleness(max_staleness: int, objective: PolicyObjective, weighted: bool) -> None:
     """Raise `ConfigError` if the loss is not valid for rounds that older weights have sampled.
 
     Args:
         max_staleness: Largest age in rounds.
         objective: The policy loss.
-        corrects_sampler: True if importance weights were set.
+        weighted: True if importance weights were set.
     """
     check_whole("model.max_staleness", max_staleness, 0, MOST_ROUNDS)
-    if max_staleness and not objective.corrects and not corrects_sampler:
+    if max_staleness and not objective.valid_off_policy and not weighted:
         raise ConfigError(
             f"model.max_staleness is {max_staleness}, but {type(objective).__name__} has neither a clip nor an "
             "importance ratio, so it cannot correct for responses that an older policy sampled. Use ClippedSurrogate "
@@ -163,7 +163,7 @@ def check_rounds(data: PromptDataModule, objective: PolicyObjective, accumulate:
         accumulate: Number of micro-batches of an optimizer step.
     """
     steps = data.update_epochs * data.minibatches // accumulate
-    if steps > 1 and not objective.corrects:
+    if steps > 1 and not objective.valid_off_policy:
         raise ConfigError(
             f"a round has {steps} optimizer steps (data.update_epochs, data.minibatches), but "
             f"{type(objective).__name__} has neither a clip nor an importance ratio, so it is only valid for the first "
@@ -198,7 +198,7 @@ def check_recorded(
         recomputes: True if importance weights correct for another sampler.
         samples_again: True if groups would be sampled again, or rounds ahead of training.
     """
-    if not objective.corrects and not recomputes:
+    if not objective.valid_off_policy and not recomputes:
         raise ConfigError(
             f"data.episodes were sampled by another policy, which {type(objective).__name__} cannot correct for. Use "
             "ClippedSurrogate or ImportanceSampling, or set model.importance_weights"
@@ -218,7 +218,7 @@ def check_recorded(
     groups = Counter(row.group for row in rows if row.advantage is None)
     if advantage.needs_group and groups and max(groups.values()) == 1:
         raise ConfigError(
-            f"no two rows of data.episodes share a group, but {type(advantage).__name__} compares the responses of a "
+            f"no two rows of data.episodes share a group, but {type(advantage).__name__} compares the episodes of a "
             "group, so every advantage would be 0. Give rows of one prompt the same group, or use GlobalWhitened."
         )
     if kl is not None and not recomputes and (kl.place == "reward" or kl.target is not None):
@@ -230,15 +230,15 @@ def check_recorded(
 
 
 def check_groups(group_size: int, advantage: Advantage, resample_groups: int) -> None:
-    """Raise `ConfigError` if groups of one response are to be compared or sampled again."""
+    """Raise `ConfigError` if groups of one episode are to be compared or sampled again."""
     if group_size == 1 and advantage.needs_group:
         raise ConfigError(
-            f"data.group_size is 1, but {type(advantage).__name__} compares the responses of a group, so "
+            f"data.group_size is 1, but {type(advantage).__name__} compares the episodes of a group, so "
             "every advantage would be 0. Set data.group_size to 2 or more."
         )
     if group_size == 1 and resample_groups:
         raise ConfigError(
-            "model.resample_groups is set, but data.group_size is 1, and a group of one response cannot have different "
+            "model.resample_groups is set, but data.group_size is 1, and a group of one episode cannot have different "
             "rewards. Set data.group_size to 2 or more."
         )
 
@@ -253,7 +253,7 @@ def check_sampling(sampler: Sampler, prompts: Sequence[Prompt], context: int | N
     """
     sampler.warn_of_bias()
     if sampler.temperature == 0:
-        raise ConfigError("sampler.temperature is 0, so all responses of a group would be equal; set it above 0")
+        raise ConfigError("sampler.temperature is 0, so all episodes of a group would be equal; set it above 0")
     longest = max(prompt.tokens for prompt in prompts)
     if context and longest + sampler.max_tokens > context:
         raise ConfigError(

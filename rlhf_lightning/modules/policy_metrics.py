@@ -114,7 +114,7 @@ class HeldOut(nn.Module):
         """Names and metrics to log.
 
         Args:
-            without: Names to leave out: `kl` (nats per response) without a reference, `divergence` (nats per token)
+            without: Names to leave out: `kl` (nats per episode) without a reference, `divergence` (nats per token)
                 without a teacher.
             rewarded: False to leave out rewards as well.
         """

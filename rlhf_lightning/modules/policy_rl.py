@@ -86,18 +86,21 @@ SANITY_PROMPTS = 8
 class PolicyRLModule(RLHFModule[PromptBatch]):
     """Reinforcement learning of a policy inside `Trainer.fit`, with automatic optimization.
 
-    Logs under `train/`, for each round: `reward` and its terms, `kl` (nats per response), `response_tokens`,
+    Logs under `train/`, for each round: `reward` and its terms, `kl` (nats per episode), `response_tokens`,
     `truncated`, `zero_variance_groups`, `kl_coefficient`, and with a critic `explained_variance`. Without the prefix,
     `reward_source_prm`: 1 if a model scores, else 0 (the MinT recipe's name; "PRM" is preference reward model there).
-    For each optimizer step, again under `train/`: `loss`, `entropy`, `log_ratio_max`, `log_ratio_mean`,
-    `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean difference between sampler and trainer before the first
-    update of a round), and with a critic `value_loss`.
+    For each optimizer step, again under `train/`: `loss`, `entropy`, `log_ratio_max` and `log_ratio_mean` (of the
+    absolute values, in nats), `log_ratio_clamped`, `clip_fraction`, `logprob_gap` (mean absolute difference between the
+    log-probabilities of sampler and trainer, in nats, in the first optimizer step of a round), and with a critic
+    `value_loss`.
 
     In the formulas of the recipes, log p are the current log-probabilities, log q the `old_logprobs`, and
-    r = exp(log p - log q) is the ratio of a token; R is a reward and A an advantage.
+    r = exp(log p - log q) is the ratio of a token; R is the reward of an episode and A an advantage. A sequence is one
+    training sample: without an environment a prompt with its response, with one it may hold several turns.
 
     Args:
-        model: The policy to start from, which is also the reference of the KL; see `RLHFModule` for further arguments.
+        model: The policy to start from, by default also the reference of the KL; see `RLHFModule` for further
+            arguments.
         objective: Policy loss; importance sampling by default.
         rewards: Terms of the reward, which are weighted and added.
         advantage: Computes advantages from rewards; group-centered by default.
@@ -108,8 +111,9 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             ends its episode.
         environment_args: Keyword arguments of the environment, in addition to the row.
         limits: Turns, tokens and time of an episode, and what to do if its environment fails.
-        truncated_reward: Replaces the reward of a response that ran out of tokens.
-        mask_truncated: Do not train on a response that ran out of tokens. Its reward still counts in its group's mean.
+        truncated_reward: Replaces the reward of an episode that ended because a response ran out of tokens.
+        mask_truncated: Do not train on such an episode, including its earlier turns. Its reward still counts in its
+            group's mean.
         entropy_coefficient: Weight of the mean entropy (nats per token), which is added to the maximized objective.
         importance_weights: Correct for a sampler whose distribution differs from the trainer's (older weights, another
             engine or precision). The trainer then recomputes the log-probabilities at the start of each round, and each
@@ -118,7 +122,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             engine that differs from the trainer by more than the rounding of float32 (vLLM in bfloat16), else False.
         max_staleness: Number of rounds that a thread samples ahead while the policy trains; 0 (the default) samples
             each round before it is trained on. Above 0, `importance_weights` are required.
-        resample_groups: Number of times that a group with equal rewards is sampled again; 0 by default.
+        resample_groups: Maximum number of times that a zero-variance group is sampled again; 0 by default.
         distillation: Also learn a teacher's distributions at the sampled tokens: adds `distillation.coefficient` times
             the mean divergence per token to the loss. No reward is needed then. None by default.
         recipe: Name of an algorithm that sets objective, advantage, kl, critic and resample_groups unless they are
@@ -213,8 +217,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def grpo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
         """GRPO (DeepSeekMath, arXiv 2402.03300 eq. 3): the clipped surrogate with group-relative advantages.
 
-        A_i = (R_i - mean(R)) / (std(R) + 1e-4) over the responses of a prompt; the loss is
-        -min(r·A, clamp(r, 0.8, 1.2)·A) + 0.04·k3, averaged over the tokens of each response, then over responses.
+        A_i = (R_i - mean(R)) / (std(R) + 1e-4) over the episodes of a group; the loss is
+        -min(r·A, clamp(r, 0.8, 1.2)·A) + 0.04·k3, averaged over the tokens of each sequence, then over sequences.
 
         The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="sequence_mean"),
         `advantage` GroupCentered(scale="std"), `kl` KLPenalty(0.04, place="loss", estimator="k3").
@@ -233,8 +237,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def dr_grpo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
         """Dr. GRPO (arXiv 2503.20783): GRPO without the two normalizations that bias it, and without KL.
 
-        A_i = R_i - mean(R); the loss -min(r·A, clamp(r, 0.8, 1.2)·A) is summed over the tokens of each response,
-        divided by the token budget `sampler.max_tokens`, and averaged over responses.
+        A_i = R_i - mean(R); the loss -min(r·A, clamp(r, 0.8, 1.2)·A) is summed over the tokens of each sequence,
+        divided by the token budget `sampler.max_tokens`, and averaged over sequences.
 
         The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="constant"), `advantage`
         GroupCentered(scale="none").
@@ -254,7 +258,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         """DAPO (arXiv 2503.14476 eq. 8): higher upper clip, loss over all tokens, dynamic sampling, no KL.
 
         The loss is -min(r·A, clamp(r, 0.8, 1.28)·A), averaged over all tokens of the optimizer step, with GRPO's
-        advantage. Groups with equal rewards are sampled again, here up to 3 times with the same prompts. The paper's
+        advantage. Zero-variance groups are sampled again, here up to 3 times with the same prompts. The paper's
         soft overlong punishment is a reward: add `rewards.OverlongPenalty`.
 
         The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.28, aggregation="token_mean"),
@@ -272,10 +276,10 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
 
     @classmethod
     def gspo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
-        """GSPO (arXiv 2507.18071 eq. 5-7): one importance ratio per response, without KL.
+        """GSPO (arXiv 2507.18071 eq. 5-7): one importance ratio per sequence, without KL.
 
-        s = exp(mean over the response of log p - log q); the loss is -min(s·A, clamp(s, 1 - 3e-4, 1 + 4e-4)·A),
-        averaged over responses, with GRPO's advantage.
+        s = exp(mean over the sequence of log p - log q); the loss is -min(s·A, clamp(s, 1 - 3e-4, 1 + 4e-4)·A),
+        averaged over sequences, with GRPO's advantage.
 
         The recipe sets `objective` SequenceClippedSurrogate(normalized=True, clip_low=3e-4, clip_high=4e-4,
         aggregation="sequence_mean"), `advantage` GroupCentered(scale="std").
@@ -292,11 +296,11 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
 
     @classmethod
     def rloo(cls, model: Any, rewards: list[Reward] | None = None, **settings: Any) -> Self:
-        """RLOO (arXiv 2402.14740 sec. 3): REINFORCE on whole responses with a leave-one-out baseline.
+        """RLOO (arXiv 2402.14740 sec. 3): REINFORCE on whole sequences with a leave-one-out baseline.
 
-        A_i = R_i - mean of the other rewards of the prompt, plus the response's penalty -0.05·Σ (log q - log p_ref),
-        less its mean over the round; s = exp(Σ (log p - log q)) over the response; the loss is
-        -min(s·A, clamp(s, 0.8, 1.2)·A), averaged over responses. The clip and the KL coefficient are TRL's defaults.
+        A_i = R_i - mean of the other rewards of the group, less the episode's penalty 0.05·Σ (log q - log p_ref), of
+        which the mean over the round is subtracted; s = exp(Σ (log p - log q)) over the sequence; the loss is
+        -min(s·A, clamp(s, 0.8, 1.2)·A), averaged over sequences. The clip and the KL coefficient are TRL's defaults.
 
         The recipe sets `objective` SequenceClippedSurrogate(normalized=False, clip_low=0.2, clip_high=0.2,
         aggregation="sequence_mean"), `advantage` LeaveOneOut(), `kl` KLPenalty(0.05, place="reward").
@@ -337,7 +341,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
 
         Token rewards are -0.05·(log q - log p_ref), plus R at the last token; advantages by GAE(γ=1, λ=0.95, arXiv
         1506.02438), whitened over the round; the loss is -min(r·A, clamp(r, 0.8, 1.2)·A) over all tokens, plus 0.1
-        times the value loss, clipped at 0.2. These are TRL's defaults.
+        times the value loss, clipped at 0.2. These are the defaults of the PPO trainer that TRL had.
 
         The recipe sets `objective` ClippedSurrogate(clip_low=0.2, clip_high=0.2, aggregation="token_mean"), `advantage`
         GAE(gamma=1.0, lam=0.95, whiten=True), `kl` KLPenalty(0.05, place="reward"), `critic` Critic(clip=0.2,
@@ -691,19 +695,20 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         """
         ids, loss_mask = batch["input_ids"], batch["loss_mask"]
         comparison = None if self.teacher is None else self.teacher(ids, loss_mask)
+        # `[B, T]` each; column t belongs to the token `ids[:, t]`.
         output = self.token_logprobs(ids, loss_mask, self.sampler.temperature, details=True, teacher=comparison)
         sums, largest = step_sums(output, batch, self.objective, self._clamped(output.logprobs.detach(), batch))
         metrics = {name: sums[name][0] / sums[name][1].clamp(min=1) for name in RETURNED}
         if self.reference is not None and batch.get("first"):
             metrics |= reference_distance(output, batch)
-        loss, trained_count = self._policy_loss(output, batch)
+        loss, active_count = self._policy_loss(output, batch)
         if self.critic is not None:
             value_total = self._value_losses(self.critic_values(ids, loss_mask, output), batch).sum()
             sums["value_loss"] = value_total, loss_mask.sum()
             critic_loss = self.normalized(value_total, batch, "tokens", loss_mask.sum())
             policy_weight = 0.0 if self._warming_up else 1.0
             loss = policy_weight * loss + self.critic.coefficient * critic_loss
-        self.step_numbers.add(trained_count, {**sums, "loss": self.share(loss, batch)}, largest)
+        self.step_numbers.add(active_count, {**sums, "loss": self.share(loss, batch)}, largest)
         self._log_round(batch)
         return {"loss": loss, **largest, **metrics}
 
@@ -722,17 +727,21 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
                 parameter.grad = None
 
     def _policy_loss(self, output: TokenLogprobsOutput, batch: "RolloutBatch") -> tuple[Tensor, Tensor]:
-        """The loss, a scalar, and the number of tokens with a gradient: all, with entropy, a critic or a teacher."""
+        """The loss, a scalar, and the number of tokens that may have a gradient.
+
+        These are the tokens with a nonzero advantage, clipped or not, or all of them with KL in the loss; in both cases
+        without those of importance weight 0. With entropy, a critic or a teacher, they are all tokens.
+        """
         loss_mask, old = batch["loss_mask"], batch["old_logprobs"]
         kl = None if self.kl_controller is None else self.kl_controller.penalty
         per_token = self.objective(output.logprobs, old, batch["advantages"], loss_mask)
-        with_gradient = (loss_mask != 0) & (batch["advantages"] != 0)
+        may_have_gradient = (loss_mask != 0) & (batch["advantages"] != 0)
         if kl is not None and kl.place == "loss":
             per_token = per_token + kl.loss(output.logprobs, old, batch["reference_logprobs"], loss_mask)
-            with_gradient = loss_mask != 0 if kl.coefficient else with_gradient
+            may_have_gradient = loss_mask != 0 if kl.coefficient else may_have_gradient
         if self.importance_weights is not None:
             weights = self.importance_weights(old, batch["sampling_logprobs"], loss_mask)
-            per_token, with_gradient = per_token * weights, with_gradient & (weights != 0)
+            per_token, may_have_gradient = per_token * weights, may_have_gradient & (weights != 0)
         loss = self._aggregated(per_token, batch)
         if self.entropy_coefficient:
             assert output.entropy is not None
@@ -743,8 +752,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             divergence = self.normalized(output.divergence.sum(), batch, "tokens", loss_mask.sum())
             loss = loss + self.distillation.coefficient * divergence
         if self.entropy_coefficient or self.critic is not None or self.distillation is not None:
-            with_gradient = loss_mask != 0
-        return loss, with_gradient.sum()
+            may_have_gradient = loss_mask != 0
+        return loss, may_have_gradient.sum()
 
     def critic_values(self, ids: Tensor, loss_mask: Tensor, output: TokenLogprobsOutput | None = None) -> Tensor:
         """Compute the critic's values. With a shared backbone they come from the policy's forward pass.
@@ -819,7 +828,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
                 return self.collector.rollout(prompts, 1, (VALIDATION,), temperature=0.0)
 
     def _sync_engine(self) -> None:
-        # An engine with its own copy of the weights still has those from the start of the last round.
+        # An engine with its own copy of the weights still has those from the start of the last round. The version is
+        # the optimizer step here and the round in training; see `Engine.sync`.
         with self.sampling_context():
             self.model_sampler.sync(self.global_step)
 

@@ -69,20 +69,20 @@ def k3(logprobs: Tensor, reference_logprobs: Tensor) -> Tensor:
     return (-difference).exp() + difference - 1
 
 
-def adapted_coefficient(coefficient: float, kl: float, target: float, samples: int, horizon: float) -> float:
-    """Move a KL coefficient toward a target KL: coefficient · (1 + clip(kl / target - 1, ±0.2) · samples / horizon).
+def adapted_coefficient(coefficient: float, kl: float, target: float, episodes: int, horizon: float) -> float:
+    """Move a KL coefficient toward a target KL: coefficient · (1 + clip(kl / target - 1, ±0.2) · episodes / horizon).
 
     Source: Ziegler et al., arXiv 1909.08593 sec. 2.2.
 
     Args:
         coefficient: Current value.
-        kl: Measured KL, in nats per response.
-        target: Target KL, in nats per response.
-        samples: Responses since the last update of the coefficient.
-        horizon: Responses over which the coefficient may change by a factor of about e^±0.2.
+        kl: Measured KL, in nats per episode.
+        target: Target KL, in nats per episode.
+        episodes: Episodes since the last update of the coefficient.
+        horizon: Episodes over which the coefficient may change by a factor of about e^±0.2.
 
     Returns:
         The new coefficient.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
-    return coefficient * (1 + error * samples / horizon)
+    return coefficient * (1 + error * episodes / horizon)

@@ -29,13 +29,13 @@ CURVES: dict[str, list[tuple[str, list[str]]]] = {
     "policy": [
         ("reward", ["train/reward", "val/reward_sampled", "val/reward_greedy"]),
         ("gold reward", ["train/reward_gold"]),
-        ("KL to the reference, nats per response", ["train/kl", "val/kl"]),
+        ("KL to the reference, nats per episode", ["train/kl", "val/kl"]),
         ("divergence from the teacher, nats per token", ["train/divergence", "val/divergence"]),
         ("entropy, nats per token", ["train/entropy"]),
         ("response tokens", ["train/response_tokens", "val/response_tokens"]),
         ("fraction of truncated responses", ["train/truncated", "val/truncated"]),
         ("clip fraction", ["train/clip_fraction"]),
-        ("groups without signal", ["train/zero_variance_groups"]),
+        ("zero-variance groups", ["train/zero_variance_groups"]),
     ],
 }
 HEADLINES = {
@@ -54,7 +54,7 @@ TILES = {
     "policy": {
         "train/reward": "reward",
         "train/divergence": "divergence from the teacher, nats per token",
-        "train/kl": "KL, nats per response",
+        "train/kl": "KL, nats per episode",
         "train/response_tokens": "response tokens",
     },
 }
@@ -160,7 +160,7 @@ def _policy(stage: StageRun) -> list[Html | None]:
     for name, title in (("train/reward", "reward"), ("train/reward_gold", "gold reward")):
         points = [(kl[step], value) for step, value in stage.metrics.get(name, []) if step in kl]
         note = "Each dot is a round; later rounds are darker. The line is the running mean."
-        found.append(charts.path_chart(f"{title} against KL", points, "KL, nats per response", title, note))
+        found.append(charts.path_chart(f"{title} against KL", points, "KL, nats per episode", title, note))
     first, last = stage.samples.first, stage.samples.last
     rounds = {f"step {part[0]['step']}": [row["reward"] for row in part] for part in (first, last) if part}
     return [*found, charts.distribution("rewards, first and last round", rounds, "reward")]

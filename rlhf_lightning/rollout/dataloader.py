@@ -23,7 +23,8 @@ class LoaderState(TypedDict):
     """State of the loader in a checkpoint."""
 
     position: int
-    """Number of batches yielded in this epoch, including the one that is being trained on; 0 from the last one on."""
+    """Number of batches yielded in this epoch, including the one that is being trained on; 0 again once the last batch
+    of the epoch was yielded."""
     rows: list[list[dict[str, Any]]]
     """Within a round, the training samples of every rank, as plain values."""
     ahead: NotRequired[ProducerState]
@@ -60,19 +61,21 @@ class RolloutDataLoader(Generic[T]):
 
     An epoch is one pass over the prompts. In each round, the loader calls `collect(prompts, round_index)` to get
     training samples, and yields `update_epochs × minibatches` mini-batches of them, shuffled again in each update
-    epoch. The number of mini-batches does not depend on the number of samples: one without samples contains a row of
-    weight 0.
+    epoch. The number of mini-batches does not depend on the number of samples: one without samples contains a dummy
+    row with `loss_mask` 0.
 
     A batch is a `RolloutBatch`. Its tensors are `[B, T]` (`lengths` `[B]`), log-probabilities in nats. Column t of each
     belongs to the token `input_ids[:, t]`, without a shift; `reference_logprobs`, `values` and `returns` are 0 if not
-    computed. It also has the `denominators` of its optimizer step, the `round`, `where` (file and line of each row),
-    `first` (True in the first optimizer step of a round) and, on the first batch of a round, its `statistics`.
+    computed. It also has the `denominators` of its optimizer step, the `round`, `where` (file and line of each row's
+    prompt, or of the first recorded episode of its group), `first` (True in the first optimizer step of a round) and,
+    on the first batch of a round, its `statistics`.
 
     Args:
         items: Prompts or recorded groups of all ranks.
         collect: Returns the training samples of this rank's items in a round, and each statistic of it as sum and
             count.
-        items_per_round: See `PromptDataModule`.
+        items_per_round: Items of all ranks in a round: `prompts_per_round` of `PromptDataModule`, or as many groups of
+            recorded episodes.
         update_epochs: See `PromptDataModule`.
         minibatches: See `PromptDataModule`.
         pad_id: Token id of padding.
@@ -80,7 +83,7 @@ class RolloutDataLoader(Generic[T]):
         shard_spec: Called at the start of each epoch; returns rank, world size, epoch, micro-batches per optimizer
             step, and limit.
         shuffle: True to shuffle the prompts in each epoch.
-        where: File and line of each prompt by its index, for error messages.
+        where: File and line of each prompt, or of the first episode of each recorded group, by its index.
         producer: Samples the rounds that `collect` returns, ahead of training; None if `collect` samples.
 
     Raises:
@@ -249,7 +252,7 @@ class RolloutDataLoader(Generic[T]):
 
     def _collate(self, rows: list[TrainingSample]) -> RolloutBatch:
         """Pad rows on the right, and make a tensor `[B, T]` of each of their fields."""
-        # A rank without rows computes one row of weight 0, so that it takes part in collective operations.
+        # A rank without rows computes a dummy row with `loss_mask` 0, so that it takes part in collective operations.
         rows = rows or [TrainingSample([self.pad_id, self.pad_id], [0, 0], [0.0, 0.0])]
         tokens = pad_tokens([row.ids for row in rows], [row.loss_mask for row in rows], self.pad_id)
 

@@ -32,13 +32,13 @@ class KLPenalty(Settings):
             sequence's KL, 0 is Tinker's choice. With GAE, its gamma is used instead.
         centered: True to subtract, from the penalties' part of the advantages, its mean over the round's tokens. With
             discount 0 Tinker does the same. Ignored with a critic or whitening, which already act as a baseline.
-        target: KL in nats per response that the coefficient adapts to (Ziegler et al., arXiv 1909.08593); None for a
+        target: KL in nats per episode that the coefficient adapts to (Ziegler et al., arXiv 1909.08593); None for a
             fixed coefficient.
-        horizon: Number of responses over which an adaptive coefficient may change by a factor of about e^±0.2.
+        horizon: Number of episodes over which an adaptive coefficient may change by a factor of about e^±0.2.
         reference: Model folder or Hub id of the reference; None for the policy at the start of the stage.
         refresh_every: Number of rounds after which the policy becomes the reference; None for never.
         device: Device of a reference with its own weights (`cpu`, `cuda:1`); None for the policy's device.
-        offload: True to keep such a reference in CPU memory, except while it scores a round.
+        offload: True to keep such a reference in CPU memory, except while it is used.
 
     Raises:
         ConfigError: If a setting is out of range, or two settings conflict.
@@ -145,7 +145,7 @@ class KLState(TypedDict):
 
     coefficient: float
     observed: tuple[float, int] | None
-    """KL in nats per response, and number of responses, that the coefficient has not been adapted to yet."""
+    """KL in nats per episode, and number of episodes, that the coefficient has not been adapted to yet."""
 
 
 class KLController:
@@ -159,7 +159,7 @@ class KLController:
 
     Example:
         >>> controller = KLController(KLPenalty(0.1, target=6.0, horizon=1000))
-        >>> controller.observe(kl=60.0, responses=100)
+        >>> controller.observe(kl=60.0, episodes=100)
         >>> controller.adapt()
         >>> round(controller.penalty.coefficient, 6)
         0.102
@@ -169,22 +169,22 @@ class KLController:
         self.penalty = penalty
         self._observed: tuple[float, int] | None = None
 
-    def observe(self, kl: float, responses: int) -> None:
+    def observe(self, kl: float, episodes: int) -> None:
         """Record the KL of a round, which changes an adaptive coefficient from the next round on.
 
         Args:
-            kl: Mean KL, in nats per response.
-            responses: Number of responses.
+            kl: Mean KL, in nats per episode.
+            episodes: Number of episodes.
         """
-        self._observed = (kl, responses)
+        self._observed = (kl, episodes)
 
     def adapt(self) -> None:
         """Update an adaptive coefficient from the last observed round; called before each round."""
         penalty = self.penalty
         if penalty.target is not None and self._observed is not None:
-            observed_kl, responses = self._observed
+            observed_kl, episodes = self._observed
             coefficient = kl.adapted_coefficient(
-                penalty.coefficient, observed_kl, penalty.target, responses, penalty.horizon
+                penalty.coefficient, observed_kl, penalty.target, episodes, penalty.horizon
             )
             self.penalty = penalty.at(coefficient)
         self._observed = None

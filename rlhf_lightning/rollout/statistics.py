@@ -21,12 +21,12 @@ LENGTH, REWARD, LENGTH2, REWARD2, PRODUCT = "~length", "~reward", "~length²", "
 def statistics(episodes: Sequence[Episode], kl: bool = False) -> Sums:
     """Sum and count of each statistic over the episodes of this rank.
 
-    Covers the reward and its terms, length, truncation, turns, the environment's metrics, groups without signal and
+    Covers the reward and its terms, length, truncation, turns, the environment's metrics, zero-variance groups and
     repeated n-grams.
 
     Args:
         episodes: Episodes of this rank.
-        kl: Include the KL from the reference, in nats per response.
+        kl: Include the KL from the reference, in nats per episode.
 
     Returns:
         Sums and counts by the names that are logged, and those of `_moments`; `means` divides them.
@@ -115,7 +115,7 @@ def _moments(length: float, reward: float) -> dict[str, float]:
 
 
 def zero_variance_groups(episodes: Sequence[Episode]) -> set[int]:
-    """Indices of the groups in which all rewards are equal, so that they contribute no gradient.
+    """Indices of the groups in which all rewards are equal, so that relative to the group they say nothing.
 
     Failed episodes are left out, and a group with one other episode counts as equal.
     """

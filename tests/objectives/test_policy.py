@@ -204,11 +204,11 @@ def test_invalid_options_are_rejected(make: Any, message: str) -> None:
 
 
 def test_adaptive_coefficient() -> None:
-    assert adapted_coefficient(0.1, kl=7.0, target=6.0, samples=100, horizon=1000) == pytest.approx(
+    assert adapted_coefficient(0.1, kl=7.0, target=6.0, episodes=100, horizon=1000) == pytest.approx(
         0.1 * (1 + (1 / 6) * 0.1)
     )
-    assert adapted_coefficient(0.1, kl=60.0, target=6.0, samples=100, horizon=1000) == pytest.approx(0.1 * 1.02)
-    assert adapted_coefficient(0.1, kl=-1.0, target=6.0, samples=100, horizon=1000) == pytest.approx(0.1 * 0.98)
+    assert adapted_coefficient(0.1, kl=60.0, target=6.0, episodes=100, horizon=1000) == pytest.approx(0.1 * 1.02)
+    assert adapted_coefficient(0.1, kl=-1.0, target=6.0, episodes=100, horizon=1000) == pytest.approx(0.1 * 0.98)
     control = KLController(KLPenalty(0.1, target=6.0, horizon=1000))
     control.observe(60.0, 100)
     assert control.penalty.coefficient == 0.1

@@ -472,7 +472,7 @@ def test_validation_does_not_change_what_is_trained(base: str, tmp_path: Path) -
 
 def test_losses_that_do_not_correct_are_refused(base: str) -> None:
     class Plain(PolicyObjective):
-        corrects = False
+        valid_off_policy = False
 
         def __call__(self, logprobs: Tensor, old: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
             return -advantages * logprobs * loss_mask

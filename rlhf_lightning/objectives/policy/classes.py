@@ -40,15 +40,15 @@ class PolicyObjective(Settings, ABC):
         'sequence_mean'
     """
 
-    corrects = True
-    """True if the loss stays valid after the policy was updated, through a ratio or an anchor.
+    valid_off_policy = True
+    """True if the loss is valid for tokens of an older policy, through a ratio or an anchor.
 
-    Required for more than one update per round.
+    Required for more than one update per round, and for recorded or stale episodes without importance weights.
     """
     bounds: tuple[float, float] = (0.0, inf)
-    """Bounds of the ratio; tokens outside them are clipped."""
+    """Bounds of the ratio: a token that its advantage would push further beyond them is clipped."""
     sequence_level = False
-    """True if the whole response is one action, so that all its tokens must share one advantage."""
+    """True if a whole sequence (row) is one action, so that all its tokens must share one advantage."""
 
     def __init__(self, aggregation: str = "token_mean", length: int | None = None) -> None:
         if aggregation not in MODES:
@@ -129,11 +129,11 @@ class Reinforce(PolicyObjective):
         length: See `PolicyObjective`.
 
     Example:
-        >>> Reinforce(aggregation="sequence_mean").corrects
+        >>> Reinforce(aggregation="sequence_mean").valid_off_policy
         False
     """
 
-    corrects = False
+    valid_off_policy = False
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:
         """Per-token loss `[B, T]`."""
@@ -209,12 +209,12 @@ class ClippedSurrogate(PolicyObjective):
 
 
 class SequenceClippedSurrogate(PolicyObjective):
-    """The clipped surrogate with the whole response as one action (`losses.sequence_clipped_surrogate`).
+    """The clipped surrogate with the whole sequence as one action (`losses.sequence_clipped_surrogate`).
 
     Normalized it is the loss of GSPO, otherwise that of RLOO; see the recipes of `PolicyRLModule`.
 
     Args:
-        normalized: If True, the ratio is the geometric mean of the response's token ratios, else their product.
+        normalized: If True, the ratio is the geometric mean of the sequence's token ratios, else their product.
         clip_low: See `ClippedSurrogate`. By default 3e-4 if normalized, since a mean stays near 1, else 0.2.
         clip_high: See `ClippedSurrogate`. By default 4e-4 if normalized, else 0.2.
         aggregation: See `PolicyObjective`.
@@ -248,11 +248,11 @@ class SequenceClippedSurrogate(PolicyObjective):
         self.bounds = _clip_bounds(self.clip_low, self.clip_high)
 
     def ratio(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """The response's ratio at all its tokens, `[B, T]`."""
+        """The sequence's ratio at all its tokens, `[B, T]`."""
         return sequence_ratio(logprobs, old_logprobs, loss_mask, self.normalized)
 
     def clamped(self, logprobs: Tensor, old_logprobs: Tensor, loss_mask: Tensor) -> Tensor:
-        """True at all tokens of a response whose log-ratio is clamped to ±20, bool `[B, T]`."""
+        """True at all tokens of a sequence whose log-ratio is clamped to ±20, bool `[B, T]`."""
         return beyond(sequence_log_ratio(logprobs, old_logprobs, loss_mask, self.normalized)) & (loss_mask != 0)
 
     def __call__(self, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, loss_mask: Tensor) -> Tensor:

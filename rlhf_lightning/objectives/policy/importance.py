@@ -1,4 +1,4 @@
-"""Importance ratios: how much more likely a token or a response is now than at the start of the round.
+"""Importance ratios: how much more likely a token or a sequence is now than at the start of the round.
 
 Tensors are float `[B, T]` unless noted, log-probabilities are in nats, and `loss_mask` is 1 at the policy's tokens and
 0 elsewhere. p is the current policy (`logprobs`), q the old one (`old_logprobs`): the policy at the start of the round,

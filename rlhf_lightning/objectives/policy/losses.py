@@ -144,9 +144,9 @@ def sequence_clipped_surrogate(
     clip_low: float = 3e-4,
     clip_high: float = 4e-4,
 ) -> Tensor:
-    """The clipped surrogate of whole responses, -min(s·A, clamp(s, 1 - clip_low, 1 + clip_high)·A) at every token.
+    """The clipped surrogate of whole sequences, -min(s·A, clamp(s, 1 - clip_low, 1 + clip_high)·A) at every token.
 
-    The whole response is one action with one ratio s. Aggregate with `sequence_mean` to get the papers' objectives.
+    The whole sequence is one action with one ratio s. Aggregate with `sequence_mean` to get the papers' objectives.
     Sources: normalized, GSPO, arXiv 2507.18071 eq. 5-7; otherwise RLOO, arXiv 2402.14740 sec. 3, with PPO's clip.
 
     Args:
