@@ -54,14 +54,14 @@ def seconds(ways: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-def step(scorer: TokenLogprobs, batch: dict[str, Any], shares: bool = True) -> None:
+def step(token_logprobs: TokenLogprobs, batch: dict[str, Any], shares: bool = True) -> None:
     """Run forward and backward."""
-    (attention.install if shares else attention.uninstall)(scorer.packed_forward.config)
-    scorer(batch["input_ids"], batch["loss_mask"]).logprobs.sum().backward()
-    scorer.backbone.model.zero_grad()
+    (attention.install if shares else attention.uninstall)(token_logprobs.packed_forward.config)
+    token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs.sum().backward()
+    token_logprobs.backbone.model.zero_grad()
 
 
-def dense_step(scorer: TokenLogprobs, batch: dict[str, Any]) -> None:
+def dense_step(token_logprobs: TokenLogprobs, batch: dict[str, Any]) -> None:
     """The same, with attention over the whole tree under one mask."""
     plain, masks = attention.packed_attention, {}
 
@@ -77,7 +77,7 @@ def dense_step(scorer: TokenLogprobs, batch: dict[str, Any]) -> None:
         return out.transpose(1, 2).contiguous()
 
     attention.packed_attention = dense
-    step(scorer, batch)
+    step(token_logprobs, batch)
     attention.packed_attention = plain
 
 
@@ -92,8 +92,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work.build(Path(folder))
         model = AutoModelForCausalLM.from_pretrained(folder)
-    scorer = TokenLogprobs(model)
-    scorer.packed_forward.check(1024)
+    token_logprobs = TokenLogprobs(model)
+    token_logprobs.packed_forward.check(1024)
     report: dict[str, Any] = {"machine": machine(), "threads": torch.get_num_threads(), "sharing": [], "budget": []}
     print("| prompt | response | group | dense | branches | unshared |\n|---|---|---|---|---|---|")
     for prompt, response, size in (
@@ -107,7 +107,7 @@ def main() -> None:
         ways = {
             "dense": lambda b=batch, s=big: dense_step(s, b),
             "branches": lambda b=batch, s=big: step(s, b),
-            "unshared": lambda b=batch: step(scorer, b, shares=False),
+            "unshared": lambda b=batch: step(token_logprobs, b, shares=False),
         }
         found = seconds(ways, given.repeats)
         report["sharing"].append({"prompt": prompt, "response": response, "group": size, **found})

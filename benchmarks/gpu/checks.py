@@ -104,9 +104,9 @@ def forward(name: str, device: str) -> dict[str, Any]:
     """Packed rows (flex attention on CUDA) against dense ones in float32: values, and gradients over their norm."""
     model = build(name, device)
     untouched, batch = copy.deepcopy(model), rows(device)
-    scorer = TokenLogprobs(model)
-    found, wanted = scorer(batch["input_ids"], batch["loss_mask"]).logprobs, dense(untouched, batch)
-    packs = scorer.packed_forward.packs
+    token_logprobs = TokenLogprobs(model)
+    found, wanted = token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs, dense(untouched, batch)
+    packs = token_logprobs.packed_forward.packs
     found.sum().backward()
     wanted.sum().backward()
     pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), untouched.parameters(), strict=True)]
@@ -121,14 +121,14 @@ def bf16(device: str) -> dict[str, Any]:
     """In bfloat16, packed rows may differ from float32 by at most 1.25 times as much as dense ones do."""
     exact, batch = build("Qwen3", device), rows(device)
     narrow = copy.deepcopy(exact).bfloat16()
-    scorer = TokenLogprobs(copy.deepcopy(narrow))
+    token_logprobs = TokenLogprobs(copy.deepcopy(narrow))
     real = batch["loss_mask"] != 0
     with torch.no_grad():
         wanted = dense(exact, batch)[real]
-        packed = scorer(batch["input_ids"], batch["loss_mask"]).logprobs[real]
+        packed = token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs[real]
         plain = dense(narrow, batch)[real]
     errors = [float((found - wanted).norm() / wanted.norm()) for found in (packed, plain)]
-    packs = scorer.packed_forward.packs
+    packs = token_logprobs.packed_forward.packs
     passed = packs and errors[0] <= 1.25 * errors[1]
     return {"packs": packs, "packed_error": errors[0], "dense_error": errors[1], "passed": passed}
 

@@ -106,7 +106,7 @@ def estimate_memory(
     """
     context = module._trainer.precision_plugin.forward_context if module._trainer else nullcontext
     size, device = compute_size(module.model, context), next(module.model.parameters()).device
-    parameters, scorer = trained(module), _token_scorer(module)
+    parameters, token_logprobs = trained(module), _token_logprobs(module)
     ours = {id(p) for part in module.forward_passes() for p in part.model.parameters()} | {id(p) for p in parameters}
     places = placements(module)
     away = {id(p) for place in places for p in place.model.parameters()}
@@ -117,7 +117,9 @@ def estimate_memory(
         optimizer=-(-optimizer_bytes(module.optimizer_factory, parameters) // shards),
         frozen=tensor_bytes(p for p in module.parameters() if id(p) not in ours | away),
         activations=_activations(module, tokens, size, context, device),
-        logits=logit_bytes(scorer.backbone, scored, size, scorer.logit_bytes) if scorer and scored else 0,
+        logits=logit_bytes(token_logprobs.backbone, scored, size, token_logprobs.logit_bytes)
+        if token_logprobs and scored
+        else 0,
         cache=cache_bytes(module.model, rows, row_tokens, size) if rows else 0,
         visiting=max((tensor_bytes(place.model.parameters()) for place in places if place.offload), default=0),
         available=device_bytes(device),
@@ -220,10 +222,10 @@ def step_sizes(trainer: pl.Trainer, module: RLHFModule) -> tuple[int, int, int, 
         return None if data.recorded else _round_sizes(trainer, module, data, prepared.rows)
     sizes = sorted((_tokens(row) for row in prepared.rows), reverse=True)[: data.batch_size]
     scored = sum(sorted((row.trained for row in prepared.rows), reverse=True)[: data.batch_size])
-    return sum(sizes), scored if _token_scorer(module) else 0, 0, 0
+    return sum(sizes), scored if _token_logprobs(module) else 0, 0, 0
 
 
-def _token_scorer(module: RLHFModule) -> TokenLogprobs | None:
+def _token_logprobs(module: RLHFModule) -> TokenLogprobs | None:
     """The object that computes logits; None with a reward head."""
     return getattr(getattr(module, "model_scorer", module), "token_logprobs", None)
 

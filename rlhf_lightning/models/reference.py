@@ -97,7 +97,7 @@ class Reference:
 
         Args:
             input_ids: Right-padded, `[B, T]`.
-            loss_mask: 1 at the tokens to score, `[B, T]`.
+            loss_mask: 1 at the tokens to compute, `[B, T]`.
             temperature: Temperature of the softmax.
 
         Returns:

@@ -1,6 +1,6 @@
 """Computes log-probabilities of given tokens, for all of training.
 
-The head runs only at positions whose next token is trained or scored. Beyond a byte budget, logits are computed in
+The head runs only at positions before the requested tokens (`loss_mask`). Beyond a byte budget, logits are computed in
 chunks and recomputed in backward, so that memory does not grow with vocabulary × length.
 """
 
@@ -70,7 +70,7 @@ class TokenLogprobsOutput(NamedTuple):
 
 
 class TokenLogprobs:
-    """Scores given tokens with a causal model.
+    """Computes log-probabilities of given tokens under a causal model.
 
     Args:
         model: A `…ForCausalLM`, or a `PeftModel` around one. A model is run as a whole if its head cannot be run
@@ -112,11 +112,11 @@ class TokenLogprobs:
         details: bool = False,
         teacher: Comparison | None = None,
     ) -> TokenLogprobsOutput:
-        """Score the tokens with mask 1. A prompt that several rows share is computed once.
+        """Compute log-probabilities of the tokens with mask 1. A prompt that several rows share is computed once.
 
         Args:
             input_ids: Right-padded, `[B, T]`.
-            loss_mask: 1 at the tokens to score, `[B, T]`; position 0 cannot be scored.
+            loss_mask: 1 at the tokens to compute, `[B, T]`; position 0 has no log-probability.
             temperature: Temperature of the softmax.
             details: Also compute entropies, a flag if the token is the most likely one, and values.
             teacher: A teacher's distributions at the same tokens; also compute the divergence from them.
@@ -182,7 +182,7 @@ class TokenLogprobs:
         """Run the decoder on packed rows, and the head on kept positions.
 
         Returns:
-            Rows, columns and results of the scored tokens.
+            Rows, columns and results of the tokens with mask 1.
         """
         hidden = self.packed_forward(input_ids, nn.functional.pad(kept, (0, 1)), prefix_lengths(loss_mask))
         rows, columns = hidden.rows, hidden.columns + 1

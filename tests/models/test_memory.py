@@ -37,17 +37,17 @@ FACTOR = 1.3
 # -- activations on the CPU -------------------------------------------------------------------------------------------
 
 
-def gradients(scorer: TokenLogprobs, ids: torch.Tensor, loss_mask: torch.Tensor) -> list[torch.Tensor]:
-    scorer.backbone.model.zero_grad()
-    scorer(ids, loss_mask).logprobs.sum().backward()
-    return [p.grad.clone() for p in scorer.backbone.model.parameters() if p.grad is not None]
+def gradients(token_logprobs: TokenLogprobs, ids: torch.Tensor, loss_mask: torch.Tensor) -> list[torch.Tensor]:
+    token_logprobs.backbone.model.zero_grad()
+    token_logprobs(ids, loss_mask).logprobs.sum().backward()
+    return [p.grad.clone() for p in token_logprobs.backbone.model.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("architecture", ["qwen3", "gpt2", "mamba"])
 def test_offloaded_activations_give_the_same_gradients(architecture: str, checkpointing: bool, tokenizer: Any) -> None:
     model = build_model(tokenizer, architecture=architecture)
-    scorer = TokenLogprobs(model, max_tokens_per_batch=40)  # in several groups
+    token_logprobs = TokenLogprobs(model, max_tokens_per_batch=40)  # in several groups
     ids = torch.randint(0, len(tokenizer), (6, 20), generator=torch.Generator().manual_seed(0))
     ids[3:, :8] = ids[0, :8]
     loss_mask = torch.ones_like(ids)
@@ -58,15 +58,15 @@ def test_offloaded_activations_give_the_same_gradients(architecture: str, checkp
         for part in model.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0
-    wanted = gradients(scorer, ids, loss_mask)
+    wanted = gradients(token_logprobs, ids, loss_mask)
     made: list[ActivationOffload] = []
 
     def away() -> ActivationOffload:
         made.append(ActivationOffload("cpu", least=0))
         return made[-1]
 
-    scorer.packed_forward.saving = away
-    found = gradients(scorer, ids, loss_mask)
+    token_logprobs.packed_forward.saving = away
+    found = gradients(token_logprobs, ids, loss_mask)
     assert all(torch.equal(a, b) for a, b in zip(wanted, found, strict=True))
     assert sum(one.moved for one in made) > 0
 
@@ -334,8 +334,8 @@ def test_estimated_activations_are_near_the_measured_peak(
 ) -> None:
     model = build_model(tokenizer, architecture=architecture, **sizes)
     # The logits of the last case exceed the budget.
-    scorer = TokenLogprobs(model, logit_bytes=2**23 if (architecture, sizes) == SHAPES[-1] else 2**28)
-    scorer.packed_forward.check(64)
+    token_logprobs = TokenLogprobs(model, logit_bytes=2**23 if (architecture, sizes) == SHAPES[-1] else 2**28)
+    token_logprobs.packed_forward.check(64)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()
@@ -344,13 +344,13 @@ def test_estimated_activations_are_near_the_measured_peak(
     loss_mask[:, :30] = 0
 
     def step() -> None:
-        scorer(ids, loss_mask).logprobs.sum().backward()
+        token_logprobs(ids, loss_mask).logprobs.sum().backward()
 
     step()  # from here on there are gradients, which are counted elsewhere
-    expected = activation_bytes(scorer.packed_forward, ids.numel())
+    expected = activation_bytes(token_logprobs.packed_forward, ids.numel())
     if checkpointing:
         expected = checkpointed_bytes(model, expected, ids.numel(), 4)
-    expected += logit_bytes(scorer.backbone, int(loss_mask.sum()), 4, scorer.logit_bytes)
+    expected += logit_bytes(token_logprobs.backbone, int(loss_mask.sum()), 4, token_logprobs.logit_bytes)
     assert 1 / FACTOR < expected / peak(step) < FACTOR
 
 
@@ -358,14 +358,14 @@ def test_measurement_changes_no_state(tokenizer: Any) -> None:
     model = build_model(tokenizer, architecture="gpt2").train()
     model.transformer.h[0].eval()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    scorer = TokenLogprobs(model)
+    token_logprobs = TokenLogprobs(model)
     modes = [part.training for part in model.modules()]
     random = torch.get_rng_state()
-    saving = scorer.packed_forward.saving
-    activation_bytes(scorer.packed_forward, 1000)
+    saving = token_logprobs.packed_forward.saving
+    activation_bytes(token_logprobs.packed_forward, 1000)
     assert [part.training for part in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), random)
-    assert scorer.packed_forward.saving is saving
+    assert token_logprobs.packed_forward.saving is saving
     assert model.is_gradient_checkpointing
     assert all(p.grad is None for p in model.parameters())
 

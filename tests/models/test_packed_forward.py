@@ -93,18 +93,18 @@ def test_shared_rows_equal_plain_ones(
 ) -> None:
     options = {"gemma2": {"final_logit_softcapping": 3.0}, "cohere": {"logit_scale": 0.25}}.get(architecture, {})
     model = model_of(architecture, tokenizer, **options).double().to(device)
-    scorer = TokenLogprobs(model, max_tokens_per_batch=budget)
+    token_logprobs = TokenLogprobs(model, max_tokens_per_batch=budget)
     for trees in CASES.values():
         batch = on(device, rows_of(*trees))
-        scores = scorer(batch["input_ids"], batch["loss_mask"], 0.7)
-        assert scorer.packed_forward.packs, architecture
+        output = token_logprobs(batch["input_ids"], batch["loss_mask"], 0.7)
+        assert token_logprobs.packed_forward.packs, architecture
         wanted = plain(model, batch, 0.7)
         # Attention with a cap is eager in transformers, with a softmax in float32 whatever the dtype of the model.
         exact = 1e-6 if architecture == "gemma2" else 1e-9
-        torch.testing.assert_close(scores.logprobs, wanted, rtol=exact, atol=exact)
+        torch.testing.assert_close(output.logprobs, wanted, rtol=exact, atol=exact)
         weights = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(device)
         # HF norms compute in float32 even in a float64 model.
-        found = gradients(model, (scores.logprobs * weights).sum())
+        found = gradients(model, (output.logprobs * weights).sum())
         close(found, gradients(model, (wanted * weights).sum()), 1e-6)
 
 
@@ -112,10 +112,10 @@ def test_shared_rows_equal_plain_ones(
 def test_shared_rows_equal_plain_ones_in_float32(architecture: str, device: torch.device, tokenizer: Any) -> None:
     """With FlexAttention on CUDA, which does not support float64 and heads below 16."""
     model = model_of(architecture, tokenizer, hidden_size=64, head_dim=16).to(device)
-    scorer = TokenLogprobs(model)
+    token_logprobs = TokenLogprobs(model)
     batch = on(device, rows_of(*CASES["mixed"], *CASES["long prompts"]))
-    found, wanted = scorer(batch["input_ids"], batch["loss_mask"]).logprobs, plain(model, batch)
-    assert scorer.packed_forward.packs
+    found, wanted = token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs, plain(model, batch)
+    assert token_logprobs.packed_forward.packs
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
     close(gradients(model, found.sum()), gradients(model, wanted.sum()), 1e-3)
 
@@ -137,16 +137,16 @@ def test_flex_attention_compiles_to_one_graph(tokenizer: Any, monkeypatch: pytes
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counter))
     torch._dynamo.reset()
     model = model_of("gemma2", tokenizer)
-    scorer = TokenLogprobs(model)
+    token_logprobs = TokenLogprobs(model)
     batch = rows_of(*CASES["mixed"], (90, (40, 60)), (150, (20,)))
-    found, wanted = scorer(batch["input_ids"], batch["loss_mask"]).logprobs, plain(model, batch)
-    assert scorer.packed_forward.packs
+    found, wanted = token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs, plain(model, batch)
+    assert token_logprobs.packed_forward.packs
     torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
     close(gradients(model, found.sum()), gradients(model, wanted.sum()), 1e-3)
     engine = LocalEngine(model, tokenizer.decode)
     engine.generate([[5, 6, 7], [8] * 150], SamplingParams(max_tokens=2), [0, 1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = scorer(batch["input_ids"], batch["loss_mask"]).logprobs
+        half = token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
         engine.generate([[5, 6, 7], [8] * 150], SamplingParams(max_tokens=2), [0, 1])
     assert engine.packed_forward.packs
     assert float((half - found).detach().abs().mean()) < 0.05
@@ -161,12 +161,12 @@ def test_model_that_cannot_pack_runs_padded_rows(
     model = model_of(architecture, tokenizer)
     batch = rows_of(*CASES["mixed"])
     with caplog.at_level(logging.INFO, "rlhf_lightning"):
-        scorer = TokenLogprobs(model, max_tokens_per_batch=20)
-        scores = scorer(batch["input_ids"], batch["loss_mask"])
-        scorer(batch["input_ids"], batch["loss_mask"])
-    assert not scorer.packed_forward.packs
+        token_logprobs = TokenLogprobs(model, max_tokens_per_batch=20)
+        output = token_logprobs(batch["input_ids"], batch["loss_mask"])
+        token_logprobs(batch["input_ids"], batch["loss_mask"])
+    assert not token_logprobs.packed_forward.packs
     assert sum("cannot run packed rows" in message or "using padded" in message for message in caplog.messages) <= 1
-    torch.testing.assert_close(scores.logprobs.double(), plain(model, batch), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output.logprobs.double(), plain(model, batch), rtol=1e-4, atol=1e-4)
 
 
 def test_wrong_packed_attention_is_detected(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,10 +182,10 @@ def test_wrong_packed_attention_is_detected(tokenizer: Any, monkeypatch: pytest.
 def test_rows_do_not_affect_each_other(tokenizer: Any) -> None:
     """The results of a row are bit-identical next to rows with extreme values and next to normal rows."""
     model = model_of("qwen3", tokenizer)
-    scorer = TokenLogprobs(model)
+    token_logprobs = TokenLogprobs(model)
     batch = rows_of((6, (4, 7)), (9, (3, 3)))
     kept = {0, 3}
-    before = scorer(batch["input_ids"], batch["loss_mask"]).logprobs
+    before = token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs
     with torch.no_grad():
         model.model.embed_tokens.weight[1] = 1e15
         model.model.embed_tokens.weight[2] = float("nan")
@@ -196,8 +196,8 @@ def test_rows_do_not_affect_each_other(tokenizer: Any) -> None:
                 ids[row] = poison
         # The unembedding is tied, so poisoned rows are compared by their hidden states, not by their logits.
         wanted = batch["loss_mask"] != 0
-        hidden = scorer.packed_forward(ids, wanted, batch["loss_mask"].int().argmax(1))
-        again = scorer.packed_forward(batch["input_ids"], wanted, batch["loss_mask"].int().argmax(1))
+        hidden = token_logprobs.packed_forward(ids, wanted, batch["loss_mask"].int().argmax(1))
+        again = token_logprobs.packed_forward(batch["input_ids"], wanted, batch["loss_mask"].int().argmax(1))
         for row in kept:
             assert torch.equal(hidden.states[hidden.rows == row], again.states[again.rows == row])
     assert before.isfinite().all()
@@ -205,13 +205,13 @@ def test_rows_do_not_affect_each_other(tokenizer: Any) -> None:
 
 def test_shared_prompt_is_computed_once(tokenizer: Any) -> None:
     model = model_of("qwen3", tokenizer)
-    scorer = TokenLogprobs(model, max_tokens_per_batch=50)
-    scorer.packed_forward.check(64)
+    token_logprobs = TokenLogprobs(model, max_tokens_per_batch=50)
+    token_logprobs.packed_forward.check(64)
     sizes: list[int] = []
     plain_forward = model.model.forward
     model.model.forward = lambda *a, **kw: sizes.append(kw["input_ids"].numel()) or plain_forward(*a, **kw)
     batch = rows_of((20, (5, 5, 5, 5)), (10, (4, 6)), (7, (9,)))
-    scorer(batch["input_ids"], batch["loss_mask"])
+    token_logprobs(batch["input_ids"], batch["loss_mask"])
     # The last token of a response is predicted, but is not an input.
     assert sum(sizes) == (20 + 4 * 4) + (10 + 3 + 5) + (7 + 8)
     assert max(sizes) <= 50
@@ -291,9 +291,9 @@ def test_extreme_logits_stay_finite() -> None:
 def test_memory_for_backward_does_not_grow_with_the_vocabulary(tokenizer: Any) -> None:
     def kept(vocabulary: int) -> int:
         model = build_model(tokenizer, vocab_size=vocabulary)
-        scorer = TokenLogprobs(model, logit_bytes=4 * vocabulary)
+        token_logprobs = TokenLogprobs(model, logit_bytes=4 * vocabulary)
         batch = rows_of((4, (60, 60)))
-        scorer.packed_forward.check(64)
+        token_logprobs.packed_forward.check(64)
         sizes: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -302,8 +302,8 @@ def test_memory_for_backward_does_not_grow_with_the_vocabulary(tokenizer: Any) -
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            scores = scorer(batch["input_ids"], batch["loss_mask"])
-        scores.logprobs.sum().backward()
+            output = token_logprobs(batch["input_ids"], batch["loss_mask"])
+        output.logprobs.sum().backward()
         # The storage of the tied weight belongs to the model; it is not an activation.
         weight = model.get_input_embeddings().weight
         return sum(size for pointer, size in sizes.items() if pointer != weight.untyped_storage().data_ptr())
@@ -417,9 +417,9 @@ def test_reference_from_a_folder_has_no_dropout(base: str, tokenizer: Any, tmp_p
 
 
 def test_row_with_one_token_has_no_scored_token(tokenizer: Any) -> None:
-    scorer = TokenLogprobs(model_of("qwen3", tokenizer))
-    scores = scorer(torch.tensor([[5], [6]]), torch.ones(2, 1), details=True)
-    assert scores.logprobs.tolist() == [[0.0], [0.0]]
+    token_logprobs = TokenLogprobs(model_of("qwen3", tokenizer))
+    output = token_logprobs(torch.tensor([[5], [6]]), torch.ones(2, 1), details=True)
+    assert output.logprobs.tolist() == [[0.0], [0.0]]
 
 
 def test_weights_for_an_external_engine_are_merged(tokenizer: Any) -> None:

@@ -57,13 +57,13 @@ def test_logits_are_wide_under_autocast(model: Any) -> None:
     """Equal to the wide head on the hidden states of autocast; bfloat16 would round them to multiples of 1/8."""
     with torch.no_grad():
         model.lm_head.weight.mul_(10.0)
-    backbone, scorer = Backbone(model), TokenLogprobs(model)
+    backbone, token_logprobs = Backbone(model), TokenLogprobs(model)
     ids = torch.arange(3, 15)[None]
     loss_mask = (torch.arange(12) > 0).float()[None]
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         states = backbone.decoder(input_ids=ids, use_cache=False)[0]
         logits = backbone.logits(states)
-        logprobs = scorer(ids, loss_mask).logprobs
+        logprobs = token_logprobs(ids, loss_mask).logprobs
         assert model.lm_head(states).dtype == torch.bfloat16
     assert logits.dtype == torch.float32
     assert logits.abs().max() > 16

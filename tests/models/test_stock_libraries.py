@@ -45,13 +45,13 @@ def test_token_logprobs_equal_those_of_the_plain_forward(tokenizer: Any, archite
     model = build_model(tokenizer, architecture=architecture, **options).double()
     batch = random_rows(tokenizer, [9, 5, 3])
     batch["loss_mask"] = batch["loss_mask"].double()
-    scorer = TokenLogprobs(model)
-    assert scorer.backbone.separable, "the head should run on kept positions only"
+    token_logprobs = TokenLogprobs(model)
+    assert token_logprobs.backbone.separable, "the head should run on kept positions only"
     plain = plain_logprobs(model, batch, temperature)
-    scores = scorer(batch["input_ids"], batch["loss_mask"], temperature, details=True)
-    torch.testing.assert_close(scores.logprobs, plain, rtol=1e-9, atol=1e-9)
-    assert scores.entropy is not None
-    assert (scores.entropy[batch["loss_mask"] == 0] == 0).all()
+    output = token_logprobs(batch["input_ids"], batch["loss_mask"], temperature, details=True)
+    torch.testing.assert_close(output.logprobs, plain, rtol=1e-9, atol=1e-9)
+    assert output.entropy is not None
+    assert (output.entropy[batch["loss_mask"] == 0] == 0).all()
 
     (plain.sum() * 0.3).backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -68,12 +68,12 @@ def test_model_with_custom_logits_is_run_as_a_whole(tokenizer: Any) -> None:
     model = build_model(tokenizer)
     plain = model.forward
     model.forward = lambda *args, **kwargs: _shifted(plain(*args, **kwargs))
-    scorer = TokenLogprobs(model)
-    assert not scorer.backbone.separable
+    token_logprobs = TokenLogprobs(model)
+    assert not token_logprobs.backbone.separable
     batch = random_rows(tokenizer, [6])
     logp = model(batch["input_ids"]).logits.log_softmax(-1)[0, :-1].gather(-1, batch["input_ids"][0, 1:, None])[:, 0]
     torch.testing.assert_close(
-        scorer(batch["input_ids"], batch["loss_mask"]).logprobs[0, 2:], logp[1:], rtol=1e-5, atol=1e-5
+        token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs[0, 2:], logp[1:], rtol=1e-5, atol=1e-5
     )
 
 
