@@ -18,7 +18,7 @@ class SampleRow(EpisodeRecord, total=False):
     group: Required[int]
     sample: Required[int]
     kl: Required[float | None]
-    """KL of the response from the reference, in nats; None without a reference."""
+    """KL of the episode from the reference, in nats; None without a reference."""
 
 
 def choose(rows: Sequence[SampleRow]) -> dict[str, SampleRow]:

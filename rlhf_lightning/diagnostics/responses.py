@@ -116,7 +116,7 @@ class RepeatedText(SinceStart):
     """Responses repeat themselves more than at the start.
 
     Args:
-        limit: Fraction of repeated 4-grams in a response (seq-rep-4 of Welleck et al. 2019, arXiv 1908.04319).
+        limit: Fraction of repeated 4-grams in an episode (seq-rep-4 of Welleck et al. 2019, arXiv 1908.04319).
         rise: Increase since the first rounds, so that repetition of the start model does not count.
         rounds: Number of rounds for the median, and number of first rounds.
 

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class NoSignal(MedianAbove):
-    """In most groups, all responses have the same reward.
+    """In most groups, all episodes have the same reward.
 
     Args:
         limit: Fraction of the groups.

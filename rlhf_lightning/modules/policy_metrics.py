@@ -23,7 +23,7 @@ ROUND_ON_BAR = ("reward", "kl", "truncated")
 OF_REWARD = ("reward", "zero_variance_groups")
 """Statistics of a round that have no meaning without a reward."""
 WHY = {
-    "truncated": "truncated responses",
+    "truncated": "truncated episodes",
     "failed_episodes": "failed episodes",
     "zero_variance_groups": "groups with equal rewards",
 }

@@ -33,7 +33,7 @@ CURVES: dict[str, list[tuple[str, list[str]]]] = {
         ("divergence from the teacher, nats per token", ["train/divergence", "val/divergence"]),
         ("entropy, nats per token", ["train/entropy"]),
         ("response tokens", ["train/response_tokens", "val/response_tokens"]),
-        ("fraction of truncated responses", ["train/truncated", "val/truncated"]),
+        ("fraction of truncated episodes", ["train/truncated", "val/truncated"]),
         ("clip fraction", ["train/clip_fraction"]),
         ("zero-variance groups", ["train/zero_variance_groups"]),
     ],

@@ -375,7 +375,7 @@ def _stream(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def _unrewarded(sampled: SampledRound) -> SampledRound:
-    """The round without what the main thread adds to its episodes: rewards, advantages and scores."""
+    """The round without what the main thread adds to its episodes: rewards, advantages, and log-probabilities."""
     episodes = [
         Episode(
             prompt=one.prompt,
