@@ -20,7 +20,7 @@ from rlhf_lightning.quickstart.run import QuickstartSettings, quickstart
 from rlhf_lightning.report.records import QUICKSTART
 
 FILE = Path(__file__).parent / "results" / "real_quickstart.json"
-MODELS = {"base": "SmolLM2-135M-Instruct", "sft": "after SFT", "policy": "after RL"}
+MODELS = {"base": "SmolLM2-135M-Instruct (4-bit)", "sft": "after SFT", "policy": "after RL"}
 ROWS = {
     "followed": "instructions followed",
     "followed_other_kinds": "instructions of kinds never trained, followed",
