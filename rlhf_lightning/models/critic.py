@@ -19,7 +19,7 @@ from rlhf_lightning.models.loading import (
 )
 from rlhf_lightning.models.lora import LoRA, base_of, is_adapted, is_quantized
 from rlhf_lightning.models.packed_forward import PackedForward
-from rlhf_lightning.models.packing import prefix_lengths, scored_positions
+from rlhf_lightning.models.packing import kept_positions, prefix_lengths
 from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.token_logprobs import state_values
 from rlhf_lightning.settings import Settings
@@ -165,7 +165,7 @@ class ValueModel(nn.Module):
         """
         assert self.backbone is not None, "values of a shared backbone come from TokenLogprobs"
         assert self.packed_forward is not None
-        kept, counts = scored_positions(loss_mask)
+        kept, counts = kept_positions(loss_mask)
         hidden = run_unsharded(
             self.backbone, self.packed_forward, input_ids, pad(kept, (0, 1)), prefix_lengths(loss_mask)
         )

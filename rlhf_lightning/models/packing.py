@@ -47,8 +47,8 @@ def prefix_lengths(loss_mask: Tensor) -> Tensor:
     return loss_mask.ne(0).int().argmax(1)
 
 
-def scored_positions(loss_mask: Tensor) -> tuple[Tensor, bool]:
-    """Positions whose next token is scored.
+def kept_positions(loss_mask: Tensor) -> tuple[Tensor, bool]:
+    """Positions whose next token has mask 1, at which the head runs.
 
     If there is none, the first position is kept, but its result must have weight 0: all ranks must run the model, and
     every weight must get a gradient.

@@ -16,7 +16,7 @@ from rlhf_lightning.models.backbone import Backbone
 from rlhf_lightning.models.logits import DivergenceFunction, TokenLogprobsFunction
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
-from rlhf_lightning.models.packing import prefix_lengths, scored_positions
+from rlhf_lightning.models.packing import kept_positions, prefix_lengths
 from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.tensor_parallel import local
 
@@ -24,7 +24,7 @@ LOGIT_BYTES = 256 * 2**20
 
 
 class Comparison(NamedTuple):
-    """A teacher's distributions at the scored positions of a batch, and how to compare the student's with them.
+    """A teacher's distributions at a batch's `kept_positions`, and how to compare the student's with them.
 
     Attributes:
         states: The teacher's hidden states at these positions, in the order of rows and columns, `[n, H]`.
@@ -127,7 +127,7 @@ class TokenLogprobs:
         if input_ids.shape[1] == 1:
             wide = self(*_widened(input_ids, loss_mask), temperature, details, teacher)
             return TokenLogprobsOutput(*[None if part is None else part[:, :1] for part in wide])  # type: ignore[arg-type]
-        kept, counts = scored_positions(loss_mask)
+        kept, counts = kept_positions(loss_mask)
         if self.backbone.separable:
             rows, columns, parts = run_unsharded(
                 self.backbone.model, self._apart, input_ids, loss_mask, kept, temperature, details, teacher
@@ -135,7 +135,7 @@ class TokenLogprobs:
         else:
             rows, columns, logits = self._whole(input_ids, kept)
             places = torch.arange(len(rows), device=rows.device)
-            parts = _scored(logits, input_ids[rows, columns], temperature, details, teacher, places)
+            parts = _logprobs_of(logits, input_ids[rows, columns], temperature, details, teacher, places)
         full = [
             None if part is None else part.new_zeros(loss_mask.shape).index_put((rows, columns), part * counts)
             for part in parts
@@ -157,7 +157,7 @@ class TokenLogprobs:
         """
         if input_ids.shape[1] == 1:
             input_ids, loss_mask = _widened(input_ids, loss_mask)
-        kept, _ = scored_positions(loss_mask)
+        kept, _ = kept_positions(loss_mask)
         if not self.backbone.separable:
             return self._whole(input_ids, kept)[2], nn.Identity()
         wanted, model = nn.functional.pad(kept, (0, 1)), self.backbone.model
@@ -166,7 +166,7 @@ class TokenLogprobs:
         return hidden.states[order], self.backbone.fixed_head()
 
     def _whole(self, input_ids: Tensor, kept: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows and columns of the scored tokens, and logits for them, from a model that is run as a whole."""
+        """Rows and columns of the tokens with mask 1, and logits for them, from a model that is run as a whole."""
         rows, columns = nn.functional.pad(kept, (1, 0)).nonzero(as_tuple=True)
         return rows, columns, self.backbone.model(input_ids=input_ids, use_cache=False).logits[rows, columns - 1]
 
@@ -202,29 +202,29 @@ class TokenLogprobs:
         teacher: Comparison | None,
         places: Tensor,
     ) -> tuple[Tensor | None, ...]:
-        """Score targets `[n]` from hidden states `[n, H]`, in chunks if their logits exceed the budget."""
+        """`_logprobs_of` targets `[n]` from hidden states `[n, H]`, in chunks if their logits exceed the budget."""
 
-        def score(states: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor | None, ...]:
-            return _scored(self.backbone.logits(states), ids, temperature, details, teacher, places)
+        def compute(states: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor | None, ...]:
+            return _logprobs_of(self.backbone.logits(states), ids, temperature, details, teacher, places)
 
         size = self.backbone.lm_head.weight.element_size() if self.backbone.wide_head else hidden.element_size()
         copies = 1 if teacher is None else 3  # two of the student's logits, which are overwritten, and the teacher's
         chunk = max(1, self.logit_bytes // (size * self.backbone.vocabulary * copies))
         if len(hidden) <= chunk:
-            return score(hidden, targets, places)
+            return compute(hidden, targets, places)
         pieces = [
-            checkpoint(score, states, ids, some, use_reentrant=False)
+            checkpoint(compute, states, ids, some, use_reentrant=False)
             for states, ids, some in zip(hidden.split(chunk), targets.split(chunk), places.split(chunk), strict=True)
         ]
         return tuple(None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True))
 
 
 def _widened(input_ids: Tensor, loss_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of one token with a second, unscored one, so that there is a position whose next token exists."""
+    """Rows of one token with a second one of mask 0, so that there is a position whose next token exists."""
     return nn.functional.pad(input_ids, (0, 1)), nn.functional.pad(loss_mask, (0, 1))
 
 
-def _scored(
+def _logprobs_of(
     logits: Tensor, targets: Tensor, temperature: float, details: bool, teacher: Comparison | None, places: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The fields of `TokenLogprobsOutput` `[n]` for targets `[n]`; overwrites their logits `[n, V]`."""
