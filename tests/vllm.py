@@ -1,9 +1,10 @@
 """Runs the tests of sampling engines with vLLM, and writes their report and the table of docs/engines.md.
 
-    python -m tests.vllm [--report FILE] [pytest arguments]
+    python -m tests.vllm [--report FILE] [--python FILE] [pytest arguments]
 
 Makes an environment in .venv-vllm (3 GB) with the CPU build of vLLM and the versions of constraints-vllm.txt, and runs
-the tests marked `vllm` there. The table is written only if all of them ran.
+the tests marked `vllm` there; --python takes another environment as it is. The table is written only if all of them
+ran.
 """
 
 import argparse
@@ -46,10 +47,10 @@ def install() -> None:
         subprocess.run([PYTHON, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
 
 
-def versions() -> str:
-    """Python and the libraries of the environment."""
+def versions(python: Path) -> str:
+    """Python and the libraries of the environment of an interpreter."""
     code = "import sys, importlib.metadata as m; print(sys.version.split()[0], *map(m.version, sys.argv[1:]))"
-    found = subprocess.check_output([PYTHON, "-c", code, *NAMES], text=True).split()
+    found = subprocess.check_output([python, "-c", code, *NAMES], text=True).split()
     return ", ".join(f"{name} {version}" for name, version in zip(("python", *NAMES), found, strict=True))
 
 
@@ -79,19 +80,22 @@ def table(found: dict[str, str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--report", type=Path, help="write what ran and how it ended to this file")
+    parser.add_argument("--python", type=Path, help="interpreter of an environment to use instead of .venv-vllm")
     options, arguments = parser.parse_known_args()
-    install()
+    python = options.python or PYTHON
+    if options.python is None:
+        install()
     # vLLM asks the network for statistics and the Hub for configs; OMP threads are those of the tests.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(ROOT)}
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.xml"
-        command = [PYTHON, "-m", "pytest", "-p", "no:cacheprovider", "-m", "vllm", "--timeout", "900"]
+        command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "vllm", "--timeout", "900"]
         ended = subprocess.run(
             [*command, f"--junitxml={result}", *(arguments or ["tests/generation"])], cwd=ROOT, env=environment
         )
         found = outcomes(result)
     machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
-    lines = [f"{machine}; {datetime.now(UTC):%Y-%m-%d}", versions(), ""]
+    lines = [f"{machine}; {datetime.now(UTC):%Y-%m-%d}", versions(python), ""]
     lines += [f"{outcome}: {name}" for name, outcome in found.items()]
     if options.report:
         options.report.write_text("\n".join(lines) + "\n")

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -74,6 +74,14 @@ class Engine(Protocol):
                 changes them. It is a `PolicyWeights`, from which an engine can also take the adapter alone.
             version: Index of the round; before validation, test and prediction, the optimizer step. Not unique.
         """
+
+
+@runtime_checkable
+class EngineWithSession(Protocol):
+    """An engine that prepares for sampling, or frees memory afterwards."""
+
+    def session(self) -> AbstractContextManager[None]:
+        """Context manager around the turns of a round. `sync` is called outside of it."""
 
 
 class EngineSettings(Settings):
@@ -328,8 +336,8 @@ class LeaderEngine:
             self.canary.check(version)
 
     def session(self) -> AbstractContextManager[None]:
-        """See `LocalEngine.session`. An external engine needs no preparation."""
-        return nullcontext()
+        """See `LocalEngine.session`. Most external engines need no preparation."""
+        return self.engine.session() if isinstance(self.engine, EngineWithSession) else nullcontext()
 
 
 def _stop_texts(

@@ -149,6 +149,8 @@ class SFTModule(RLHFModule[SFTBatch]):
 
     def on_predict_start(self) -> None:
         self.model_sampler = self.sampler.build(self.model, self.renderer)
+        with self.trainer.precision_plugin.forward_context():
+            self.model_sampler.sync(self.global_step)  # for an engine with its own copy of the weights
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[Answer]:
         """Sample one response to each prompt."""

@@ -1,7 +1,6 @@
 """`rlhf label`, as people start it: killed, continued, ended; and its pairs are trained on."""
 
 import json
-import math
 import re
 import signal
 import time
@@ -14,7 +13,6 @@ import pytest
 
 from tests.helpers.cli import mistake, rlhf, rlhf_in_process
 from tests.helpers.labels import Client
-from tests.helpers.models import build_model
 from tests.helpers.rows import prompts, write_rows
 from tests.helpers.runs import Run
 
@@ -109,29 +107,6 @@ def test_answers_of_a_model_are_compared_and_the_pairs_train(base: str, tmp_path
     # The same command with other sampling settings would mix two kinds of answers.
     with pytest.raises(AssertionError, match="begun with other settings"):
         rlhf("label", *args[:-6], "--max_tokens", "7", "--top_k", "50", "--seed", "5", "--port", "0")
-
-
-def test_uncertain_comparisons_are_shown_first(tokenizer: Any, tmp_path: Path) -> None:
-    models = [str(tmp_path / name) for name in ("one", "two")]
-    for seed, folder in enumerate(models):
-        build_model(tokenizer, seed=seed, task="SEQ_CLS").save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-    words = ["one", "two", "three", "four", "five"]
-    given = [{"prompt": f"Count {i}", "responses": [words[i], " ".join(words[i:])]} for i in range(4)]
-    out, file = tmp_path / "pairs.jsonl", write_rows(tmp_path / "answers.jsonl", given)
-    chances = []
-    for model in models:
-        lines = [json.loads(line) for line in rlhf("score", model, file).splitlines() if line.startswith("{")]
-        chances.append([1 / (1 + math.exp(b - a)) for a, b in (line["response_scores"] for line in lines)])
-    spread = [abs(one - other) for one, other in zip(*chances, strict=True)]
-    args = ("--responses", file, "--out", str(out), "--pick", "uncertain", "--reward", models[0], "--reward", models[1])
-    with labeling(*args, output=tmp_path / "log") as (_, address):
-        client = Client(address)
-        client.sign_in("Ann")
-        for _ in given:
-            client.decide("A")
-    shown = [int(row["prompt"][0]["content"].split()[1]) for row in rows(out)]
-    assert shown == sorted(range(4), key=lambda i: -spread[i])
 
 
 def test_other_machines_need_a_token(answers: str, tmp_path: Path) -> None:

@@ -12,12 +12,13 @@ from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, SyncError
 from rlhf_lightning.generation.canary import Canary, scale_error
+from rlhf_lightning.generation.digest import digest
 from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import EngineSettings, LeaderEngine, Sampler
-from rlhf_lightning.models.loading import Start
-from rlhf_lightning.models.lora import LoRA, base_of, lora_factors, lora_obstacles, named_weights
+from rlhf_lightning.models.lora import base_of, lora_factors, lora_obstacles, named_weights
 from rlhf_lightning.objectives.policy import ImportanceWeights
 from rlhf_lightning.types import Completion
+from tests.helpers.adapters import train_adapter, with_trained_adapter
 
 
 class OwnCopy:
@@ -42,23 +43,6 @@ class OwnCopy:
         return [Completion([5], [0.0], "length") for _ in prompts]
 
 
-def trained(model: Any, steps: int = 10, rank: int = 4) -> Any:
-    """The model with an adapter, after some steps of training on fixed tokens, in float32."""
-    torch.manual_seed(1)
-    policy = Start(copy.deepcopy(model), lora=LoRA(rank=rank)).load()
-    ids = torch.randint(len(base_of(policy).get_input_embeddings().weight), (4, 12))
-    train(policy, ids, steps)
-    return policy
-
-
-def train(policy: Any, ids: Tensor, steps: int) -> None:
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=3e-3)
-    for _ in range(steps):
-        policy(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def updates(policy: Any) -> dict[str, Tensor]:
     """The adapter's update of each weight."""
     return {f"{name}.weight": factors.b @ factors.a for name, factors in lora_factors(policy)}
@@ -76,7 +60,7 @@ def scaled(policy: Any, factor: float) -> Callable[[dict[str, Tensor]], dict[str
 
 @pytest.fixture
 def policy(model: Any) -> Any:
-    return trained(model)
+    return with_trained_adapter(model)
 
 
 def test_an_engine_with_the_weights_passes(model: Any, policy: Any) -> None:
@@ -100,7 +84,7 @@ def test_weights_of_the_sync_before_are_noticed(model: Any, policy: Any, tokeniz
     engine = OwnCopy(model)
     sampler = Sampler(engine=engine).build(policy, Renderer(tokenizer))
     sampler.sync(2)
-    train(policy, torch.arange(12)[None], 1)
+    train_adapter(policy, torch.arange(12)[None])
     engine.fault = lambda weights: {}
     with pytest.raises(SyncError, match="after the sync of version 3, trainer and engine differ by"):
         sampler.sync(3)
@@ -183,6 +167,29 @@ def test_what_an_adapter_leaves_out_is_named(model: Any, policy: Any) -> None:
     assert lora_obstacles(model) == ["no adapter"]
     policy.get_base_model().model.norm.weight.requires_grad_(True)
     assert lora_obstacles(policy) == ["trained weights of the base"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_digest(dtype: torch.dtype) -> None:
+    values = torch.randn(3, 2**19 + 5, generator=torch.Generator().manual_seed(0)).to(dtype)  # more than one chunk
+    whole = digest(values)
+    assert digest(values.T.contiguous().T) == whole
+    assert digest(values.flip(0)) != whole
+    for place in (0, 7, values.numel() - 1):
+        other = values.clone()
+        bits = other.flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+        bits[place] ^= 1  # the last bit of one number
+        assert digest(bits.view(dtype)) != whole
+        assert digest(-other) != digest(other)
+    assert digest(torch.tensor([0.0])) == digest(torch.tensor([-0.0]))
+
+
+def test_an_inverted_word_changes_the_digest() -> None:
+    """A shift that repeats the sign bit would map a number and its complement to the same."""
+    words = torch.arange(-50, 50, dtype=torch.int32)
+    values = torch.cat([words, ~words]).view(torch.float32)
+    finite = values[values.isfinite()]
+    assert len({digest(one[None]) for one in finite}) == len(set(finite.tolist()))
 
 
 # -- importance weights by default ------------------------------------------------------------------------------------

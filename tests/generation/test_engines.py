@@ -22,10 +22,11 @@ from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.models.loading import Start
-from rlhf_lightning.models.lora import LoRA, named_weights
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.types import Completion
 from tests.helpers.docs import ROOT
@@ -61,13 +62,13 @@ class Subject:
         if name == "generate":
             self.engine._plain = False  # as for a model whose cache is not a plain one
 
-    @staticmethod
-    def _vllm(folder: Path, raw: bool) -> Any:
+    def _vllm(self, folder: Path, raw: bool) -> Any:
         from rlhf_lightning.generation.vllm_engine import VLLMEngine
 
         options = {"dtype": "float32", "enforce_eager": True, "block_size": 32, "kv_cache_memory_bytes": 2**26}
         torch.manual_seed(5)
-        engine = VLLMEngine(str(folder), memory=0.05, max_length=CONTEXT, raw_logprobs=raw, options=options)
+        settings = VLLMEngine(str(folder), memory=0.05, max_length=CONTEXT, raw_logprobs=raw, options=options)
+        engine = settings.build(self.model, self.tokenizer)
         number = torch.rand(1)
         torch.manual_seed(5)
         assert torch.equal(number, torch.rand(1)), "the trainer's random numbers do not depend on the engine"
@@ -322,7 +323,7 @@ def restored(subject: Subject) -> Iterator[Subject]:
     before = {name: tensor.clone() for name, tensor in subject.model.state_dict().items()}
     yield subject
     subject.model.load_state_dict(before)
-    subject.engine.sync(named_weights(subject.model), 0)
+    subject.engine.sync(PolicyWeights(subject.model), 0)
 
 
 def _check_weights(subject: Subject, model: Any) -> None:
@@ -346,7 +347,7 @@ def test_new_weights_after_each_sync(restored: Subject) -> None:
         with torch.no_grad():
             for parameter in restored.model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-        restored.engine.sync(named_weights(restored.model), version)
+        restored.engine.sync(PolicyWeights(restored.model), version)
         _check_weights(restored, restored.model)
 
 
@@ -359,7 +360,7 @@ def test_merged_adapter(restored: Subject) -> None:
             for name, parameter in adapted.named_parameters():
                 if "lora_B" in name:
                     parameter.normal_(0, 0.1)
-        restored.engine.sync(named_weights(adapted), version)
+        restored.engine.sync(PolicyWeights(adapted), version)
         _check_weights(restored, adapted)
 
 
@@ -380,21 +381,22 @@ def test_weights_that_the_engine_cannot_hold_are_refused(case: str, folder: Path
     """In a process of its own, because vLLM cannot be used afterwards."""
     message, policy = REFUSED[case]
     start = f"""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, AutoTokenizer
         from rlhf_lightning import LoRA
         from rlhf_lightning.errors import ConfigError
         from rlhf_lightning.models.loading import Start
-        from rlhf_lightning.models.lora import named_weights
+        from rlhf_lightning.generation.policy_weights import PolicyWeights
         from rlhf_lightning.generation.token_sampling import SamplingParams
         from rlhf_lightning.generation.vllm_engine import VLLMEngine
 
         options = {{"dtype": "float32", "enforce_eager": True, "kv_cache_memory_bytes": 2**26}}
-        engine = VLLMEngine({str(folder)!r}, memory=0.05, max_length={CONTEXT}, options=options)
         model = AutoModelForCausalLM.from_pretrained({str(folder)!r})
+        settings = VLLMEngine({str(folder)!r}, memory=0.05, max_length={CONTEXT}, options=options)
+        engine = settings.build(model, AutoTokenizer.from_pretrained({str(folder)!r}))
     """
     end = """
         def sync():
-            engine.sync(named_weights(policy), 7)
+            engine.sync(PolicyWeights(policy), 7)
 
         def sample():
             engine.generate([[5]], SamplingParams(2), [1])
@@ -480,24 +482,30 @@ def test_an_engine_of_ones_own_is_asked_too(tokenizer: Any, model: Any) -> None:
         sampler.generate([[5]], [0], temperature=0.0)
 
 
-def test_vllm_that_is_missing_or_old_or_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_that_is_missing_or_old_or_elsewhere(monkeypatch: pytest.MonkeyPatch, model: Any, tokenizer: Any) -> None:
     from rlhf_lightning.generation import vllm_engine, vllm_requests
 
     with pytest.raises(ConfigError, match=r"options.tensor_parallel_size must be 1"):
         vllm_engine.VLLMEngine("any", options={"tensor_parallel_size": 2})
+    with pytest.raises(ConfigError, match=r"options.quantization cannot be set"):
+        vllm_engine.VLLMEngine("any", options={"quantization": "fp8"})
+    with pytest.raises(ConfigError, match=r"lora_sync is 'both'; it must be one of adapter, merged"):
+        vllm_engine.VLLMEngine("any", lora_sync="both")
+    assert vllm_engine.VLLMEngine("any").low_precision
+    assert not vllm_engine.VLLMEngine("any", options={"dtype": "float32"}).low_precision
     with pytest.raises(ConfigError, match=r"vLLM 0\.11\.2 is installed, but at least 0\.32 is needed"):
         vllm_requests.check_version("0.11.2")
     vllm_requests.check_version("0.32.0+cpu")
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ConfigError, match=r"vLLM cannot be imported .*docs/engines.md"):
-        vllm_engine.VLLMEngine("any")
+        vllm_engine.VLLMEngine("any").build(model, tokenizer)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="works only with one process"):
-        vllm_engine.VLLMEngine("any")
+        vllm_engine.VLLMEngine("any").build(model, tokenizer)
     monkeypatch.setenv("WORLD_SIZE", "1")
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
     with pytest.raises(ConfigError, match="VLLM_ENABLE_V1_MULTIPROCESSING is set"):
-        vllm_engine.VLLMEngine("any")
+        vllm_engine.VLLMEngine("any").build(model, tokenizer)
 
 
 def test_the_page_lists_every_case() -> None:

@@ -197,6 +197,20 @@ class OwnWeights(Engine):
         return [Completion([5 + seed % 20], [-1.0], "length") for seed in seeds]
 
 
+def test_predictions_of_an_engine_come_from_the_trained_weights(kind: str, base: str, tmp_path: Path) -> None:
+    if kind == "preference":
+        pytest.skip("a preference model predicts scores")
+    engine = OwnWeights()
+    module = make(kind, base, sampler=Sampler(max_tokens=2, engine=engine))
+    source = data(kind)
+    source.sources |= {"predict": prompts(2)}
+    run = trainer(tmp_path)
+    run.fit(module, source)
+    run.predict(module, source)
+    trained = weights(module)
+    same(engine.used[-1], {name: trained[f"model.{name}"] for name in engine.used[-1]})
+
+
 def test_validation_uses_the_averaged_weights(kind: str, base: str, tmp_path: Path) -> None:
     """Also with an external engine; training continues from the trained weights."""
     measured: list[dict[str, torch.Tensor]] = []

