@@ -26,7 +26,7 @@ from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.settings import describe
 from tests.helpers.cli import write_yaml
-from tests.helpers.modules import vowels
+from tests.helpers.modules import same, vowels
 from tests.helpers.resume import config, result
 from tests.helpers.rows import prompts
 from tests.helpers.runs import Run
@@ -464,6 +464,29 @@ def test_policy_rl_with_a_server_that_is_killed(
     assert restarted[0].requests[GENERATE] > 6
     assert [name.rpartition("-")[2] for name in restarted[0].adapters] == ["2"]
     assert "has loaded the weights" in caplog.text
+
+
+def test_sampling_while_training_with_a_server(serve: Any, base: str, tmp_path: Path) -> None:
+    """As with the built-in engine; a validation in between syncs the server with newer weights."""
+    server = serve()
+    trained = []
+    for engine in (None, VLLMServer(server.url, str(tmp_path / "weights"), "float32")):
+        torch.manual_seed(0)
+        module = PolicyRLModule(
+            base,
+            lora=LoRA(rank=4),
+            rewards=[FunctionReward(vowels)],
+            sampler=Sampler(max_tokens=6, engine=engine),
+            optimizer=sgd(1.0),
+            max_staleness=1,
+        )
+        data = PromptDataModule(prompts(8), prompts(2), prompts_per_round=2, group_size=3, seed=1)
+        trainer(tmp_path, val_check_interval=2).fit(module, data)
+        trained.append({name: value.clone() for name, value in module.state_dict().items() if "lora_" in name})
+    assert max(float(value.abs().max()) for name, value in trained[0].items() if "lora_B" in name) > 0.01
+    same(*trained, rtol=1e-3, atol=1e-5)
+    # Four rounds of 2 × 3 responses, and 2 prompts, each twice, in Lightning's check and two validations, beside the canary.
+    assert server.requests[GENERATE] >= 4 * 6 + 3 * 4
 
 
 class Runs:
