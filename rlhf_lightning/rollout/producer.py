@@ -217,7 +217,7 @@ class _Thread:
         self.pending: tuple[int, dict[str, Tensor]] | None = None
         """Version and copy of weights that are to be loaded before the next round."""
         self.keeps = False
-        """True if the next round must be sampled with the weights in the copy, as before an interruption."""
+        """True if the next round must be sampled with the weights in the copy, even if there are newer ones."""
         if restored and restored["weights"] is not None and restored["version"] is not None and self.waiting:
             producer.copy.load(restored["weights"])
             self.version = restored["version"]
@@ -263,12 +263,15 @@ class _Thread:
 
     def _publish(self, version: int) -> None:
         """Pass on the policy's weights, which will change once the main thread continues."""
-        if not self.waiting or self.version == version:
+        if not self.waiting:
             return
         if self.sampling is None and not self.keeps:
-            self._load(version, None)
+            if self.version != version:
+                self._load(version, None)
+            # The thread may wake up late, when there are newer weights. With a maximum of 1 these would be chance.
+            self.keeps = self._may_sample(self.waiting[0][0], version)
             self.changed.notify_all()
-        else:
+        elif self.version != version:
             self.pending = version, self.producer.copy.current()
 
     def pause(self) -> None:

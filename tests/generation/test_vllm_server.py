@@ -485,7 +485,7 @@ def test_sampling_while_training_with_a_server(serve: Any, base: str, tmp_path: 
         trained.append({name: value.clone() for name, value in module.state_dict().items() if "lora_" in name})
     assert max(float(value.abs().max()) for name, value in trained[0].items() if "lora_B" in name) > 0.01
     same(*trained, rtol=1e-3, atol=1e-5)
-    # Four rounds of 2 × 3 responses, and 2 prompts, each twice, in Lightning's check and two validations, beside the canary.
+    # Four rounds of 2 × 3 responses; 2 prompts, each twice, in Lightning's check and two validations; the canary.
     assert server.requests[GENERATE] >= 4 * 6 + 3 * 4
 
 

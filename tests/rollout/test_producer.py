@@ -152,6 +152,23 @@ def test_a_round_is_sampled_while_the_one_before_it_is_trained(base: str, tmp_pa
     assert watch.ages == [(0, 0), (1, 1), (1, 1), (1, 1)]
 
 
+def test_weights_do_not_depend_on_when_the_thread_wakes_up(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    following = _Thread._next
+
+    def late(thread: Any) -> Any:
+        threading.Event().wait(0.2)  # longer than a step
+        return following(thread)
+
+    monkeypatch.setattr(_Thread, "_next", late)
+    engine, watch = ExternalEngine(), Trained()
+    training(tmp_path, callbacks=[watch]).fit(policy(base, 1, engine), rows(4))
+    assert [age for age, _ in watch.ages] == [0, 1, 1, 1]
+    for _, version, weight in engine.calls:
+        assert weight == watch.weights[version]
+
+
 @pytest.mark.parametrize("most", [2, 3])
 def test_no_round_is_older_than_the_maximum(most: int, base: str, tmp_path: Path) -> None:
     """A fast engine runs ahead as far as it may, and waits there."""
