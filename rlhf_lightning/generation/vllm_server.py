@@ -342,7 +342,6 @@ class Server:
             Unavailable: If it does not answer in time.
             ConfigError: If it cannot load them, or its model does not fit.
         """
-
         with self._lock:  # all threads of this server wait here while the first of them restores it
             if self._lost_at is None and self.holds != weights.name:
                 self._lost_at = time.monotonic()
@@ -417,6 +416,8 @@ class Server:
         return {str(card.get("id")): str(card.get("root")) for card in rows if card.get("parent") is not None}
 
     def _load_all(self, weights: Weights) -> None:
+        if self.endpoint.read("GET", "/weight_info").get("weight_version") == weights.name:
+            return  # another process of this run has loaded them
         try:
             self.endpoint.send("POST", "/collective_rpc", {"method": "load_policy", "args": [weights.folder]})
         except Unavailable as error:
@@ -498,7 +499,10 @@ def retry(call: Callable[[], None], deadline: float, stop: threading.Event) -> N
             delay = DELAYS[min(number, len(DELAYS) - 1)]
             if time.monotonic() + delay > deadline:
                 raise
-        stop.wait(delay)
+        over = time.monotonic() + delay
+        while not stop.wait(min(0.5, delay)) and time.monotonic() < over:
+            if rank_count() == 1:  # the other ranks wait in a collective operation, which this one must reach
+                safe_point()
         number += 1
 
 

@@ -25,6 +25,7 @@ from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams
+from rlhf_lightning.generation.vllm_server import VLLMServer
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.rewards import FunctionReward
@@ -34,6 +35,7 @@ from tests.helpers.models import save_small_model
 from tests.helpers.modules import vowels
 from tests.helpers.rows import prompts
 from tests.helpers.training import sgd, trainer
+from tests.helpers.vllm_serve import VLLMServe
 
 pytestmark = pytest.mark.vllm
 CONTEXT = 64
@@ -47,7 +49,7 @@ class Subject:
     """An engine, with the model that it must agree with.
 
     Args:
-        name: The engine: `local`, `generate` or `vllm`.
+        name: The engine: `local`, `generate`, `vllm` (in this process) or `server`.
         folder: Folder of the model.
         raw: See `VLLMEngine.raw_logprobs`; the other engines need no such choice.
     """
@@ -58,7 +60,12 @@ class Subject:
         self.name, self.folder = name, folder
         self.model = AutoModelForCausalLM.from_pretrained(folder).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        self.engine = self._vllm(folder, raw) if name == "vllm" else LocalEngine(self.model, self.tokenizer.decode)
+        self.serve: VLLMServe | None = None
+        self.engine: Any = LocalEngine(self.model, self.tokenizer.decode)
+        if name == "vllm":
+            self.engine = self._vllm(folder, raw)
+        if name == "server":
+            self.engine = self._server(folder.parent / f"server-{raw}", raw)
         if name == "generate":
             self.engine._plain = False  # as for a model whose cache is not a plain one
 
@@ -73,6 +80,20 @@ class Subject:
         torch.manual_seed(5)
         assert torch.equal(number, torch.rand(1)), "the trainer's random numbers do not depend on the engine"
         return engine
+
+    def _server(self, place: Path, raw: bool) -> Any:
+        place.mkdir()
+        self.serve = VLLMServe(self.folder, place / "output.txt", raw, CONTEXT)
+        self.serve.start()
+        settings = VLLMServer(self.serve.url, str(place / "weights"), dtype="float32")
+        engine = settings.build(self.model, self.tokenizer)
+        engine.sync(named_weights(self.model), 0)
+        return engine
+
+    def close(self) -> None:
+        """Kill the server, if there is one."""
+        if self.serve is not None:
+            self.serve.kill()
 
     def sample(self, params: SamplingParams, seeds: Sequence[int] = (1, 2, 3), prompts: Any = PROMPTS) -> Any:
         """Responses to the prompts."""
@@ -90,11 +111,12 @@ class Subject:
 
 
 def _engine(name: str) -> Any:
-    missing = name == "vllm" and find_spec("vllm") is None
+    missing = name in VLLM and find_spec("vllm") is None
     return pytest.param(name, marks=pytest.mark.skipif(missing, reason="vLLM is not installed: make test-vllm"))
 
 
-ENGINES = ["local", "generate", "vllm"]
+VLLM = ("vllm", "server")
+ENGINES = ["local", "generate", *VLLM]
 
 
 @pytest.fixture(scope="module")
@@ -104,15 +126,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[_engine(name) for name in ENGINES])
-def subject(request: pytest.FixtureRequest, folder: Path) -> Subject:
+def subject(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
     """Each engine in turn."""
-    return Subject(request.param, folder, raw=True)
+    subject = Subject(request.param, folder, raw=True)
+    yield subject
+    subject.close()
 
 
 @pytest.fixture(scope="module", params=[_engine(name) for name in ENGINES])
-def at_temperature(request: pytest.FixtureRequest, folder: Path) -> Subject:
+def at_temperature(request: pytest.FixtureRequest, folder: Path) -> Iterator[Subject]:
     """Each engine in turn, set up for temperatures other than 1."""
-    return Subject(request.param, folder, raw=False)
+    subject = Subject(request.param, folder, raw=False)
+    yield subject
+    subject.close()
 
 
 def chi_square(found: list[int], wanted: Tensor) -> tuple[float, float]:
@@ -287,7 +313,7 @@ def test_least_number_of_tokens_with_stop_texts(subject: Subject) -> None:
         return len(ids) > least and any(stop in text[max(0, len(early) - len(stop) + 1) :] for stop in stops)
 
     params = SamplingParams(30, min_tokens=least, stop_strings=stops)
-    if subject.name == "vllm":
+    if subject.name in VLLM:
         with pytest.raises(ConfigError, match="also keeps the model's end token"):
             subject.sample(params)
         return
@@ -352,7 +378,7 @@ def test_new_weights_after_each_sync(restored: Subject) -> None:
 
 
 def test_merged_adapter(restored: Subject) -> None:
-    if restored.name != "vllm":
+    if restored.name not in VLLM:
         pytest.skip("this engine samples from the trained model itself")
     adapted = Start(copy.deepcopy(restored.model), lora=LoRA(rank=4, target=["attention", "mlp"])).load().eval()
     for version in (1, 2):
@@ -418,7 +444,7 @@ def test_policy_rl(restored: Subject, tmp_path: Path) -> None:
     """Three rounds of training: the engine samples each with the weights that the trainer has by then."""
     if restored.name == "generate":
         pytest.skip("the model of this test is sampled by the built-in engine")
-    engine = restored.engine if restored.name == "vllm" else None
+    engine = restored.engine if restored.name in VLLM else None
     module = PolicyRLModule(
         str(restored.folder),
         rewards=[FunctionReward(vowels)],
@@ -444,8 +470,8 @@ def test_policy_rl(restored: Subject, tmp_path: Path) -> None:
 def test_unsupported_settings_are_refused_at_setup(at_temperature: Subject) -> None:
     subject, renderer = at_temperature, Renderer(at_temperature.tokenizer)
     for options in ({"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"min_tokens": 2}):
-        sampler = Sampler(max_tokens=4, engine=None if subject.name != "vllm" else subject.engine, **options)
-        if subject.name == "vllm":
+        sampler = Sampler(max_tokens=4, engine=subject.engine if subject.name in VLLM else None, **options)
+        if subject.name in VLLM:
             with pytest.raises(ConfigError, match=f"sampler.{next(iter(options))}: vLLM's log-probabilities"):
                 sampler.build(subject.model, renderer)
         else:
@@ -453,10 +479,10 @@ def test_unsupported_settings_are_refused_at_setup(at_temperature: Subject) -> N
 
 
 def test_temperature_that_raw_logprobs_cannot_follow_is_refused(subject: Subject) -> None:
-    if subject.name != "vllm":
+    if subject.name not in VLLM:
         pytest.skip("this engine records the log-probabilities at any temperature")
     sampler = Sampler(max_tokens=4, temperature=0.7, engine=subject.engine)
-    with pytest.raises(ConfigError, match=r"sampler.temperature is 0.7, but with sampler.engine.raw_logprobs"):
+    with pytest.raises(ConfigError, match=r"sampler.temperature is 0.7, but with .*raw_logprobs"):
         sampler.build(subject.model, Renderer(subject.tokenizer))
 
 

@@ -281,6 +281,22 @@ def test_an_interruption_ends_the_requests(serve: Any, connect: Any, policy: Any
     assert threading.active_count() <= threads + 5, "only the server's threads are left"
 
 
+def test_an_interruption_ends_the_wait_for_servers(serve: Any, connect: Any, policy: Any, monkeypatch: Any) -> None:
+    server = serve()
+    engine = connect(server, patience=60.0)
+    server.kill()
+
+    def leave() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(vllm_server, "safe_point", leave)
+    monkeypatch.setattr(vllm_server, "DELAYS", (30.0,))
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        sync(engine, policy)
+    assert time.monotonic() - started < 5
+
+
 def test_requests_in_flight(serve: Any, connect: Any, policy: Any) -> None:
     server = serve()
     engine = connect(server, max_in_flight=3)

@@ -47,8 +47,9 @@ class VLLMServe:
             )
         begun = time.monotonic()
         while wait and not self.answers():
-            assert self.process.poll() is None, self.output.read_text()[-3000:]
-            assert time.monotonic() - begun < LIMIT, self.output.read_text()[-3000:]
+            if self.process.poll() is not None or time.monotonic() - begun > LIMIT:
+                self.kill()
+                raise RuntimeError(f"the server does not start: {self.output.read_text()[-3000:]}")
             time.sleep(0.5)
 
     def answers(self) -> bool:

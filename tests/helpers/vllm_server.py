@@ -137,6 +137,8 @@ class FakeServer:
             for file in Path(body["args"][0]).glob("*.safetensors"):
                 self.model.load_state_dict(load_file(file), strict=False)
             return {"results": [None]}
+        if path == "/weight_info":
+            return {"weight_version": self.weights}
         if path == "/health":
             return ""
         if path == "/reset_prefix_cache":
