@@ -87,7 +87,7 @@ class Subject:
         self.serve.start()
         settings = VLLMServer(self.serve.url, str(place / "weights"), dtype="float32")
         engine = settings.build(self.model, self.tokenizer)
-        engine.sync(named_weights(self.model), 0)
+        engine.sync(PolicyWeights(self.model), 0)
         return engine
 
     def close(self) -> None:
