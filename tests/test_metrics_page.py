@@ -28,6 +28,7 @@ from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.objectives.preference import KTO, BradleyTerry, PlackettLuce
 from rlhf_lightning.rewards import FunctionReward
 from rlhf_lightning.rollout.advantages import GAE
+from rlhf_lightning.rollout.curriculum import Curriculum
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.runner import Limits
 from tests.helpers.cli import mistake, rlhf_process, stage_config, write_yaml
@@ -132,6 +133,7 @@ def policy(base: str, root: Path) -> set[str]:
         objective=ClippedSurrogate(),
         kl=KLPenalty(0.1, "reward"),
         max_staleness=1,
+        curriculum=Curriculum(),
     )
     stop = StopOnCollapse(reward_lost=None, entropy_fraction=None, kl_limit=1e-12, patience=1)
     stop.checks[0].severity = lambda curves: 1.0  # type: ignore[method-assign]

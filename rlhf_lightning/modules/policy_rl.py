@@ -65,6 +65,7 @@ from rlhf_lightning.objectives.value import value_loss
 from rlhf_lightning.rewards import Reward, RewardTerm, check_finite
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
 from rlhf_lightning.rollout.collector import CHUNK, RolloutCollector, TokenFunctions, answers
+from rlhf_lightning.rollout.curriculum import Curriculum, PromptSampler
 from rlhf_lightning.rollout.dataloader import Producer, RolloutDataLoader
 from rlhf_lightning.rollout.kl import KLController, KLPenalty
 from rlhf_lightning.rollout.producer import RolloutProducer
@@ -123,6 +124,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         max_staleness: Number of rounds that a thread samples ahead while the policy trains; 0 (the default) samples
             each round before it is trained on. Above 0, `importance_weights` are required.
         resample_groups: Maximum number of times that a zero-variance group is sampled again; 0 by default.
+        curriculum: Sample prompts whose responses all succeeded or all failed less often; None (the default) for each
+            prompt once in an epoch.
         distillation: Also learn a teacher's distributions at the sampled tokens: adds `distillation.coefficient` times
             the mean divergence per token to the loss. No reward is needed then. None by default.
         recipe: Name of an algorithm that sets objective, advantage, kl, critic and resample_groups unless they are
@@ -160,6 +163,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         importance_weights: ImportanceWeights | bool | None = None,
         max_staleness: int = 0,
         resample_groups: int | None = None,
+        curriculum: Curriculum | None = None,
         distillation: Distillation | None = None,
         recipe: str | None = None,
         **kwargs: Any,
@@ -176,6 +180,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         check_object("model.sampler", sampler, "Sampler(max_tokens=64)")
         check_object("model.critic", critic, "Critic()")
         check_object("model.limits", limits, "Limits()")
+        check_object("model.curriculum", curriculum, "Curriculum()")
         check_object("model.distillation", distillation, "Distillation('Qwen/Qwen3-8B')")
         check_rewards(rewards)
         self.objective, self.advantage = objective or ImportanceSampling(), advantage or GroupCentered()
@@ -197,6 +202,14 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         check_finite("model.truncated_reward", truncated_reward)
         check_finite("model.entropy_coefficient", entropy_coefficient)
         check_whole("model.resample_groups", self.resample_groups, 0, MOST_TIMES)
+        if curriculum is not None and self.resample_groups:
+            raise ConfigError(
+                "model.curriculum and model.resample_groups are both set, but groups that are sampled again show no "
+                "success rate of their prompt; leave one of the two out (some recipes set resample_groups)"
+            )
+        if curriculum is not None and not self.rewarded:
+            raise ConfigError("model.curriculum needs a reward to tell success by; set model.rewards, or leave it out")
+        self.prompt_sampler = None if curriculum is None else PromptSampler(curriculum)
         self.value_model: ValueModel | None
         self.register_module("value_model", None)  # so that its parameters come before the policy's
         self.seed, self.last_statistics = run_seed(), dict[str, float]()
@@ -556,7 +569,11 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         else:
             self.producer = self._make_producer(data.group_size) if self.max_staleness else None
             collect = partial(self._collect, group_size=data.group_size, producer=self.producer)
-            self.rollouts = self._loader(data, prompts, collect, where, self.producer)
+            draw = None
+            if self.prompt_sampler is not None:
+                indices = [prompt.index for prompt in prompts]
+                draw = partial(self.prompt_sampler.order, indices=indices, seed=data.seed)
+            self.rollouts = self._loader(data, prompts, collect, where, self.producer, draw)
         return self.rollouts
 
     def _make_producer(self, group_size: int) -> RolloutProducer:
@@ -582,9 +599,9 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     ) -> tuple[list[TrainingSample], Sums]:
         """Collect a round, and mix in the answers of the data that `distillation.on_policy_fraction` asks for."""
         if self.distillation is None or self.distillation.on_policy_fraction == 1:
-            return self.collector.collect(prompts, round_index, group_size, producer)
+            return self._sampled(prompts, round_index, group_size, producer)
         sampled, answered = split_prompts(prompts, self.distillation.on_policy_fraction, (self.seed, round_index))
-        samples, sums = self.collector.collect(sampled, round_index, group_size)
+        samples, sums = self._sampled(sampled, round_index, group_size)
         given = [answer_episode(self.renderer, prompt, self.sampler.max_tokens) for prompt in answered]
         with torch.no_grad(), self.sampling_context():
             # With the policy's log-probabilities, ratios are 1 on these tokens too.
@@ -594,6 +611,15 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
                 sample.sampling_logprobs, sample.group = sample.recomputed_logprobs, episode.group
                 samples.append(sample)
         return samples, {**sums, "on_policy": (float(len(sampled)), len(prompts))}
+
+    def _sampled(
+        self, prompts: Sequence[Prompt], round_index: int, group_size: int, producer: RolloutProducer | None = None
+    ) -> tuple[list[TrainingSample], Sums]:
+        """Collect a round, and tell the curriculum how its prompts went."""
+        samples, sums = self.collector.collect(prompts, round_index, group_size, producer)
+        if self.prompt_sampler is not None:
+            sums = sums | self.prompt_sampler.observe(self.collector.episodes)
+        return samples, sums
 
     def _recomputed_logprobs(self, ids: Tensor, loss_mask: Tensor) -> Tensor:
         return self.token_logprobs(ids, loss_mask, self.sampler.temperature).logprobs
@@ -605,6 +631,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         collect: Callable[[list[T], int], tuple[list[TrainingSample], Sums]],
         where: Mapping[int, str],
         producer: Producer[T] | None = None,
+        draw: Callable[[int, int], list[int]] | None = None,
     ) -> RolloutDataLoader[T]:
         return RolloutDataLoader(
             items,
@@ -618,12 +645,15 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             shuffle=not overfits(self.trainer),
             where=where,
             producer=producer,
+            draw=draw,
         )
 
     def _check_data(self, data: PromptDataModule, recorded: Sequence[Recorded], prompts: Sequence[Prompt]) -> None:
         """Raise `ConfigError` if the module and the data module are incompatible."""
         check_rounds(data, self.objective, self.trainer.accumulate_grad_batches)
         if data.recorded:
+            if self.prompt_sampler is not None:
+                raise ConfigError("model.curriculum chooses prompts, but data.episodes are recorded; leave it out")
             if self.distillation is not None and self.distillation.on_policy_fraction < 1:
                 raise ConfigError(
                     "distillation.on_policy_fraction is below 1, but data.episodes are not sampled; leave it out"
@@ -895,11 +925,15 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         """Save the collector's state in addition to the trained weights."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["collector"] = self.collector.state_dict()
+        if self.prompt_sampler is not None:
+            checkpoint["curriculum"] = self.prompt_sampler.state_dict()
 
     def on_load_checkpoint(self, checkpoint: "StateDict") -> None:
         """Restore the collector's state in addition to the trained weights."""
         super().on_load_checkpoint(checkpoint)
         self.collector.load_state_dict(checkpoint["collector"])
+        if self.prompt_sampler is not None and "curriculum" in checkpoint:
+            self.prompt_sampler.load_state_dict(checkpoint["curriculum"])
 
 
 def _importance_weights(

@@ -85,6 +85,8 @@ class RolloutDataLoader(Generic[T]):
         shuffle: True to shuffle the prompts in each epoch.
         where: File and line of each prompt, or of the first episode of each recorded group, by its index.
         producer: Samples the rounds that `collect` returns, ahead of training; None if `collect` samples.
+        draw: Called at the start of each epoch with the epoch and `items_per_round`; returns the positions of its items
+            in order, as many as there are. By default each item occurs once, in random order.
 
     Raises:
         ConfigError: On iteration, if an optimizer step would span two rounds.
@@ -111,11 +113,13 @@ class RolloutDataLoader(Generic[T]):
         shuffle: bool = True,
         where: Mapping[int, str] | None = None,
         producer: Producer[T] | None = None,
+        draw: Callable[[int, int], list[int]] | None = None,
     ) -> None:
         self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
         self.items_per_round = min(items_per_round, len(items))
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.shard_spec, self.shuffle, self.where, self.producer = shard_spec, shuffle, where or {}, producer
+        self.draw = draw
         self.position = self._start = 0
         """See `LoaderState.position`."""
         self.interruption: Interruption | None = None
@@ -152,9 +156,7 @@ class RolloutDataLoader(Generic[T]):
         # Only a loaded state sets the start. An epoch that was cut short (limit_train_batches) is not continued.
         start, self._start = self._start, 0
         self.position = start
-        generator = torch.Generator().manual_seed(mix_seeds(self.seed, shard_spec.epoch))
-        shuffled = torch.randperm(len(self.items), generator=generator).tolist()
-        order = shuffled if self.shuffle else list(range(len(self.items)))
+        order = self._order(shard_spec.epoch)
         batches = self._batches(shard_spec)
         size = self.items_per_round
         rounds = [[self.items[i] for i in order[k * size : (k + 1) * size]] for k in range(self.rounds)]
@@ -165,6 +167,15 @@ class RolloutDataLoader(Generic[T]):
             for round_in_epoch in range(start // self.per_round, self.rounds):
                 done = max(0, start - round_in_epoch * self.per_round)
                 yield from self._round(rounds[round_in_epoch], round_in_epoch, done, shard_spec)
+
+    def _order(self, epoch: int) -> list[int]:
+        """Positions of an epoch's items, in order."""
+        if not self.shuffle:
+            return list(range(len(self.items)))
+        if self.draw is not None:
+            return self.draw(epoch, self.items_per_round)
+        generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
+        return torch.randperm(len(self.items), generator=generator).tolist()
 
     def _index(self, round_in_epoch: int, shard_spec: ShardSpec) -> int:
         """Index of a round over all epochs."""
