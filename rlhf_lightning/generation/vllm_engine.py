@@ -284,7 +284,8 @@ class LoadedVLLM:
                         "sampler.engine: the policy's head differs from its embeddings, but engine.model ties the two, "
                         "so vLLM would ignore the head; use a model with tie_word_embeddings: false in its config.json"
                     )
-                sizes[name] = len(tensor)
+                if tensor.dim():
+                    sizes[name] = len(tensor)
                 for key in (Held(name, False), Held(name, True)):
                     if key in self._held:
                         wanted[key] = expected(tensor.detach(), key.probed, self._held[key])
