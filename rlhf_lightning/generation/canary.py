@@ -195,8 +195,14 @@ def scale_error(ours: Tensor, theirs: Tensor, base: Tensor) -> tuple[float, floa
 
 
 def compute_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The precision in which the trainer computes here: that of autocast if it is on, or of the model's weights."""
+    """The precision in which the trainer computes here: that of autocast if it is on, or of the model's weights.
+
+    On a GPU it is never finer than float16, whose precision TF32 has: kernels may use it for products in float32.
+    """
     parameter = next(model.parameters())
-    if torch.is_autocast_enabled(parameter.device.type):
-        return torch.get_autocast_dtype(parameter.device.type)
-    return parameter.dtype if parameter.dtype.is_floating_point else torch.bfloat16  # QLoRA computes in bfloat16
+    device, dtype = parameter.device.type, parameter.dtype
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    if not dtype.is_floating_point:
+        return torch.bfloat16  # QLoRA computes in it
+    return torch.float16 if device == "cuda" and dtype.itemsize > 2 else dtype

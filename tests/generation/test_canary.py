@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, SyncError
-from rlhf_lightning.generation.canary import Canary, scale_error
+from rlhf_lightning.generation.canary import Canary, compute_dtype, scale_error
 from rlhf_lightning.generation.digest import digest
 from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import EngineSettings, LeaderEngine, Sampler
@@ -114,6 +114,16 @@ def test_the_check_leaves_the_model_as_it_was(model: Any, policy: Any) -> None:
     for name, parameter in policy.named_parameters():
         assert parameter.requires_grad == before[name][0]
         assert torch.equal(parameter, before[name][1])
+
+
+def test_precision_of_the_trainer(device: torch.device) -> None:
+    layer = torch.nn.Linear(1, 1, device=device)
+    assert compute_dtype(layer) == (torch.float32 if device.type == "cpu" else torch.float16)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        assert compute_dtype(layer) == torch.bfloat16
+    assert compute_dtype(layer.to(torch.bfloat16)) == torch.bfloat16
+    layer.weight = torch.nn.Parameter(torch.zeros(1, 1, dtype=torch.uint8, device=device), requires_grad=False)
+    assert compute_dtype(layer) == torch.bfloat16
 
 
 def test_scale_error() -> None:
