@@ -292,7 +292,7 @@ def test_index_lists_every_page() -> None:
 
 # -- coming from elsewhere --------------------------------------------------------------------------------------------
 
-TRL_CONFIGS = ("SFTConfig", "RewardConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig")
+TRL_CONFIGS = ("SFTConfig", "RewardConfig", "DPOConfig", "KTOConfig", "GRPOConfig", "RLOOConfig", "DistillationConfig")
 
 
 @pytest.mark.parametrize("config", TRL_CONFIGS)
@@ -305,7 +305,7 @@ def test_page_lists_exactly_the_options_of_trl(config: str) -> None:
     under = tables(DOCS / "from-trl.md")
     shared = {name for row in under["Options of all configs"] for name in quoted(row[0])}
     own = {name for row in under[config] for name in quoted(row[0])} - {"reward_funcs"}
-    if config == "RLOOConfig":
+    if config in ("RLOOConfig", "DistillationConfig"):
         shared |= {name for row in under["GRPOConfig"] for name in quoted(row[0])}
     # A deprecated alias needs no row.
     wanted = fields - general - {"vllm_importance_sampling_cap"}

@@ -268,6 +268,31 @@ def test_distillation_approaches_the_teacher(base: str, teacher: str, tmp_path: 
     assert not [name for name in after if "reward" in name]
 
 
+def test_two_ranks_equal_one_with_mixed_answers(base: str, teacher: str, tmp_path: Path) -> None:
+    """Which prompts keep the answers of the data does not depend on the rank that has them."""
+    results = []
+    for devices in (1, 2):
+        module = policy(base, Distillation(teacher, on_policy_fraction=0.5), dtype="float64")
+        root = tmp_path / str(devices)
+        root.mkdir()
+        strategy = "ddp_fork" if devices == 2 else "auto"
+        run = trainer(root, devices=devices, strategy=strategy, precision="64-true", callbacks=[Keep()])
+        run.fit(module, source(answered(7)))
+        results.append(torch.load(root / "weights.pt"))
+    same(results[0], results[1], rtol=1e-6, atol=1e-8)
+
+
+def test_bfloat16_changes_the_divergence_by_rounding_only(base: str, teacher: str, tmp_path: Path) -> None:
+    found = []
+    for precision in ("32-true", "bf16-mixed"):
+        seen = Batches()
+        run = trainer(tmp_path, precision=precision, max_steps=1, callbacks=[seen])
+        run.fit(sft(base, Distillation(teacher)), SFTDataModule(chats(4), batch_size=4, show_example=False))
+        found.append(seen.logged[0]["train/divergence"])
+    assert found[1] != found[0]
+    assert found[1] == pytest.approx(found[0], rel=0.03)
+
+
 @pytest.mark.parametrize("kind", ["policy", pytest.param("sft", marks=pytest.mark.slow)])
 def test_sharded_student_and_teacher_equal_one_process(kind: str, base: str, teacher: str, tmp_path: Path) -> None:
     """FSDP2 on two ranks, with micro-batches and logits in chunks."""

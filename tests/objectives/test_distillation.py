@@ -140,6 +140,31 @@ def test_divergence_of_models_in_chunks_equals_whole_logits(architecture: str, t
         assert float((gradient - expected).norm() / expected.norm()) < 1e-6
 
 
+def test_models_whose_heads_cannot_be_run_separately(tokenizer: Any) -> None:
+    """Their logits are computed at every position; student, teacher, or both."""
+    ids, loss_mask = batch_of_two(tokenizer)
+    for wrapped in ((True, False), (False, True), (True, True)):
+        student, teacher = (build_model(tokenizer, seed).double() for seed in (0, 1))
+        for model, custom in zip((student, teacher), wrapped, strict=True):
+            if custom:
+                model.forward = scaled(model.forward)
+            assert TokenLogprobs(model).backbone.separable != custom
+        plain = divergence(student(ids).logits, teacher(ids).logits, 0.5, 0.8)[:, :-1] * loss_mask[:, 1:]
+        expected = plain.sum() / loss_mask.sum()
+        torch.testing.assert_close(loss_of(student, teacher, ids, loss_mask, 0.5), expected, rtol=1e-6, atol=1e-9)
+
+
+def scaled(forward: Any) -> Any:
+    """A forward pass whose logits are not those of decoder and head."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits * 1.5
+        return out
+
+    return run
+
+
 # -- TRL --------------------------------------------------------------------------------------------------------------
 
 
