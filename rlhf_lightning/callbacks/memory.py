@@ -25,7 +25,7 @@ from rlhf_lightning.models.memory import (
     trained,
 )
 from rlhf_lightning.models.offload import placements
-from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.models.token_logprobs import COMPARED, TokenLogprobs
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.policy_rl import PolicyRLModule
 from rlhf_lightning.modules.trainer_state import row_data_of
@@ -111,13 +111,14 @@ def estimate_memory(
     places = placements(module)
     away = {id(p) for place in places for p in place.model.parameters()}
     there = [p for p in module.parameters() if id(p) in ours]
+    buffers = scored if module.teacher is None else scored * COMPARED
     estimate = MemoryUse(
         weights=-(-tensor_bytes(there) // shards),
         gradients=-(-tensor_bytes(parameters) // shards),
         optimizer=-(-optimizer_bytes(module.optimizer_factory, parameters) // shards),
         frozen=tensor_bytes(p for p in module.parameters() if id(p) not in ours | away),
         activations=_activations(module, tokens, size, context, device),
-        logits=logit_bytes(token_logprobs.backbone, scored, size, token_logprobs.logit_bytes)
+        logits=logit_bytes(token_logprobs.backbone, buffers, size, token_logprobs.logit_bytes)
         if token_logprobs and scored
         else 0,
         cache=cache_bytes(module.model, rows, row_tokens, size) if rows else 0,
@@ -159,9 +160,10 @@ def _advice(module: RLHFModule, estimate: MemoryUse) -> list[str]:
     found.append(f"{smaller} trainer.accumulate_grad_batches (fewer activations and logits, same gradient)")
     if not module.activation_offload and on_gpu:
         found.append("model.activation_offload: true (keeps activations in CPU memory)")
-    if policy and estimate.frozen:
+    if (policy or module.teacher is not None) and estimate.frozen:
         size = _size(estimate.frozen)
-        found.append(f"set offload: true, or device: cpu, in model.kl and in reward models ({size} less)")
+        owners = "model.kl, model.distillation and reward models" if policy else "model.distillation"
+        found.append(f"set offload: true, or device: cpu, in {owners} ({size} less)")
     if policy and estimate.cache > estimate.activations + estimate.logits:
         found.append("lower model.sampler.slots (smaller KV cache)")
     # The following settings change results.

@@ -142,7 +142,7 @@ class DivergenceFunction(torch.autograd.Function):
         """Compute the divergences, and the gradient of each by its row of logits."""
         logits = logits.detach()
         found = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
-        for part in _parts(logits):
+        for part in _parts(logits, gpu_chunk=GPU_CHUNK // 8):  # autograd keeps several tensors of this size
             with torch.set_grad_enabled(ctx.needs_input_grad[0]):
                 rows = logits[part].clone().requires_grad_(ctx.needs_input_grad[0])
                 values = divergence(rows, teacher_logits[part])
@@ -162,7 +162,7 @@ class DivergenceFunction(torch.autograd.Function):
         return buffer, None, None
 
 
-def _parts(logits: Tensor) -> list[slice]:
+def _parts(logits: Tensor, gpu_chunk: int = GPU_CHUNK) -> list[slice]:
     """Slices of rows that are processed at once."""
-    rows = max(1, (CPU_CHUNK if logits.device.type == "cpu" else GPU_CHUNK) // logits.shape[-1])
+    rows = max(1, (CPU_CHUNK if logits.device.type == "cpu" else gpu_chunk) // logits.shape[-1])
     return [slice(start, start + rows) for start in range(0, len(logits), rows)]

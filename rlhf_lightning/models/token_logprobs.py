@@ -21,6 +21,8 @@ from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.models.tensor_parallel import local
 
 LOGIT_BYTES = 256 * 2**20
+COMPARED = 3
+"""Buffers of logits in a comparison: two of the student's, which are overwritten, and the teacher's."""
 
 
 class Comparison(NamedTuple):
@@ -208,8 +210,8 @@ class TokenLogprobs:
             return _logprobs_of(self.backbone.logits(states), ids, temperature, details, teacher, places)
 
         size = self.backbone.lm_head.weight.element_size() if self.backbone.wide_head else hidden.element_size()
-        copies = 1 if teacher is None else 3  # two of the student's logits, which are overwritten, and the teacher's
-        chunk = max(1, self.logit_bytes // (size * self.backbone.vocabulary * copies))
+        buffers = 1 if teacher is None else COMPARED
+        chunk = max(1, self.logit_bytes // (size * self.backbone.vocabulary * buffers))
         if len(hidden) <= chunk:
             return compute(hidden, targets, places)
         pieces = [
