@@ -276,6 +276,8 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
             raise ConfigError("model.distillation is untested with tensor parallelism. Turn one of them off")
         self.teacher = settings.build(self.tokenizer, self.max_tokens_per_batch, self.dtype_name, temperature)
         self.teacher_model = self.teacher.model  # so that it moves with this module
+        # Lightning warns of modules in eval mode, as those of the teacher are meant to be.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of this module; the teacher stays in eval mode."""
