@@ -70,6 +70,8 @@ class ScoredEntry:
         ```
     """
 
+    name: str
+    """Name of the task."""
     task: Task
     entry: Entry
 
@@ -213,7 +215,7 @@ def _entry(name: str, parameters: str, index: int) -> ScoredEntry:
     """An entry of a task; cached, because some take a second to generate."""
     task = _task(name, parameters)
     try:
-        return ScoredEntry(task, task[index])
+        return ScoredEntry(name, task, task[index])
     except (AssertionError, ValueError, RuntimeError, IndexError) as error:
         raise DataError(
             f"the reasoning-gym task {name!r} cannot generate entry {index} with these parameters "

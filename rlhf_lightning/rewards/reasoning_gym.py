@@ -1,5 +1,6 @@
 """A reward that scores an answer as its task of the package reasoning-gym does."""
 
+import ast
 import re
 from collections.abc import Sequence
 
@@ -12,20 +13,15 @@ from rlhf_lightning.rewards.required_literals import required_literal
 from rlhf_lightning.rewards.verifiers import compiled, find_answer
 from rlhf_lightning.types import Episode, Row
 
-RUNS_ANSWERS = frozenset(
-    {
-        "binary_matrix",
-        "countdown",
-        "intermediate_integration",
-        "n_queens",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-        "spiral_matrix",
-        "string_insertion",
-    }
-)
-"""Tasks whose scorer passes the answer to `eval`, some of them through `sympy.parse_expr`, so that it can run code."""
+# The scorers of these tasks pass the answer to `eval`, some of them through `sympy.parse_expr`.
+RUNS_ANSWERS = frozenset({"intermediate_integration", "polynomial_multiplication", "simple_integration"})
+"""Tasks whose answers are formulas, so that an answer can run code."""
+LISTS = frozenset({"binary_matrix", "n_queens", "spiral_matrix", "string_insertion"})
+"""Tasks whose answers may be lists in Python's form. What evaluates anything else is not passed on."""
+ARITHMETIC = frozenset({"countdown", "puzzle24"})
+"""Tasks whose answers are terms of numbers. Anything else is not passed on."""
+_TERM = re.compile(r"[0-9 +\-*/().]{1,200}")
+_LITERAL = (ast.Expression, ast.Constant, ast.List, ast.Tuple, ast.Name, ast.UnaryOp, ast.USub, ast.Load)
 
 
 class ReasoningGymReward(Reward):
@@ -41,8 +37,8 @@ class ReasoningGymReward(Reward):
         pattern: Regular expression that finds the answer in the response: its last match, or that match's first group.
             A dot also matches line breaks. By default the whole response is the answer. White space around the answer
             is removed.
-        run_answers: If True, also score the tasks of `RUNS_ANSWERS`. Their scorers evaluate the answer as Python code,
-            so the policy can run code in this process: isolate the machine.
+        run_answers: If True, also score the tasks of `RUNS_ANSWERS`, and pass every answer on as it is. Scorers that
+            evaluate it as Python code then let the policy run code in this process: isolate the machine.
         weight: Weight of this term; at 0 it is only logged.
         name: Name for logging.
         skip_special_tokens: If False, responses are read exactly as sampled.
@@ -91,10 +87,14 @@ class ReasoningGymReward(Reward):
         if found is None:
             return None
         answer = find_answer(self.pattern, self.text(episode))
+        if answer is not None:
+            answer = answer.strip()
+            if not self.run_answers and not _is_harmless(found.name, answer):
+                answer = ""
         failed = f"{self.name}_failed"
         episode.details[failed] = 0.0
         try:
-            return float(found.task.score_answer(None if answer is None else answer.strip(), found.entry))
+            return float(found.task.score_answer(answer, found.entry))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError, ArithmeticError, RecursionError):
             # Some scorers parse an answer without checking its form; the answer is then wrong.
             episode.details[failed] = 1.0
@@ -133,3 +133,20 @@ class ReasoningGymReward(Reward):
                 "generate the rows again, or install the version that they are from"
             )
         return found
+
+
+def _is_harmless(name: str, answer: str) -> bool:
+    """False if the scorer of a task would evaluate an answer that is more than a list or a term of numbers.
+
+    A task gives such an answer the same score as an empty one, unless it happens to evaluate to the right value.
+    """
+    if name in ARITHMETIC:
+        return _TERM.fullmatch(answer) is not None and "**" not in answer  # 9**9**9 would take forever
+    if name not in LISTS:
+        return True
+    try:
+        return all(isinstance(node, _LITERAL) for node in ast.walk(ast.parse(answer, mode="eval")))
+    except (SyntaxError, ValueError):
+        return True  # `eval` raises the same, and the scorer goes on
+    except (RecursionError, MemoryError):
+        return False

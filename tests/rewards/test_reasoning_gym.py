@@ -10,7 +10,7 @@ from rlhf_lightning.data.reasoning_gym import UNSUPPORTED, is_installed
 from rlhf_lightning.data.records import read_rows
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.rewards import ReasoningGymReward
-from rlhf_lightning.rewards.reasoning_gym import RUNS_ANSWERS
+from rlhf_lightning.rewards.reasoning_gym import ARITHMETIC, LISTS, RUNS_ANSWERS
 from rlhf_lightning.types import Episode, Row
 
 pytestmark = pytest.mark.skipif(
@@ -86,8 +86,8 @@ def test_rows_that_cannot_be_scored() -> None:
         ReasoningGymReward().check([Prompt([], [1], {"prompt": "Hi"})])
 
 
-def test_answers_do_not_run_code(tmp_path: Path) -> None:
-    (row,) = rows("countdown?size=1")
+def test_tasks_that_evaluate_formulas_are_refused(tmp_path: Path) -> None:
+    (row,) = rows("simple_integration?size=1")
     code = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
     with pytest.raises(DataError, match=r"evaluates answers as Python code.*run_answers: true"):
         ReasoningGymReward().score([episode(row, code)])
@@ -96,21 +96,57 @@ def test_answers_do_not_run_code(tmp_path: Path) -> None:
     assert (tmp_path / "ran").exists()  # so it is one that must be refused
 
 
+def code_in(path: Path) -> list[str]:
+    """Answers that create a file if they are evaluated."""
+    code = f"__import__('pathlib').Path({str(path)!r}).touch()"
+    return [code, f"[{code}]", f"x + {code}", f"1 + {code}", f"f'{{{code}}}'", f"[1 for _ in [{code}]]"]
+
+
+@pytest.mark.parametrize("name", sorted(LISTS | ARITHMETIC))
+def test_answers_do_not_run_code(name: str, tmp_path: Path) -> None:
+    """Scores are those of the package, and code gets that of an empty answer."""
+    import reasoning_gym
+
+    (row,) = rows(f"{name}?size=1")
+    task = reasoning_gym.create_dataset(name, size=1, seed=0)
+    reward, raw = ReasoningGymReward(), ReasoningGymReward(run_answers=True)
+    answers = [
+        str(row["answer"]),
+        "(1 + 2) * 3.5 / 4",
+        "[['A', 1], [-2, 'B']]",
+        "ABC",
+        "1 2\n3 4",
+        "1 +",
+        "[" * 300,
+        "",
+    ]
+    if name in LISTS:
+        answers.append(repr([list(line) for line in str(row["answer"]).split("\n")]))
+    played = [episode(row, answer) for answer in answers]
+    assert reward.score(played) == raw.score(played) == [task.score_answer(text, task[0]) for text in answers]
+    assert reward.score(played[:1]) == [1.0]
+    empty = task.score_answer("", task[0])
+    assert reward.score([episode(row, text) for text in code_in(tmp_path / "ran")]) == [empty] * 6
+    assert not (tmp_path / "ran").exists()
+    raw.score([episode(row, text) for text in code_in(tmp_path / "ran")])
+    assert (tmp_path / "ran").exists()
+
+
+def test_an_answer_that_would_take_forever() -> None:
+    (row,) = rows("countdown?size=1")
+    assert ReasoningGymReward().score([episode(row, "9**9**9**9")]) == [0.01]
+
+
 @pytest.mark.slow  # 30 s: every task is generated
-def test_no_other_task_runs_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_task_runs_an_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from reasoning_gym.factory import DATASETS
 
     monkeypatch.setenv("PYTHONHASHSEED", "0")
-    code = f"__import__('pathlib').Path({str(tmp_path / 'ran')!r}).touch()"
-    ran = set()
-    for name in sorted(DATASETS.keys() - UNSUPPORTED.keys()):
+    for name in sorted(DATASETS.keys() - UNSUPPORTED.keys() - RUNS_ANSWERS):
         (row,) = rows(f"{name}?size=1&seed=1")
-        texts = (code, f"[{code}]", f"{row['answer']}\n{code}", f"x + {code}")
-        ReasoningGymReward(run_answers=True).score([episode(row, text) for text in texts])
-        if (tmp_path / "ran").exists():
-            (tmp_path / "ran").unlink()
-            ran.add(name)
-    assert ran <= RUNS_ANSWERS
+        texts = [*code_in(tmp_path / "ran"), f"{row['answer']}\n{code_in(tmp_path / 'ran')[0]}"]
+        ReasoningGymReward().score([episode(row, text) for text in texts])
+        assert not (tmp_path / "ran").exists(), name
 
 
 REVIEWED = {
@@ -135,6 +171,6 @@ def test_files_that_evaluate_code_are_known() -> None:
     for path in root.rglob("*.py"):
         if re.search(r"(?<!def )\b(eval|exec|parse_expr|sympify)\(", path.read_text()):
             found.add(path.relative_to(root).as_posix())
-    modules = {DATASETS[name][0].__module__ for name in RUNS_ANSWERS}
+    modules = {DATASETS[name][0].__module__ for name in RUNS_ANSWERS | LISTS | ARITHMETIC}
     tasks = {module.removeprefix("reasoning_gym.").replace(".", "/") + ".py" for module in modules}
     assert found == tasks | REVIEWED
