@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlhf_lightning.models.last_layer import KeptLayout, KeysAndValues, KeyValueRequest
 from rlhf_lightning.models.packing import PackedLayout, within_window
 from rlhf_lightning.models.short_attention import SHORT, ShortAttentionFunction, attention_bias, causal
 
@@ -80,12 +81,16 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    layout: "PackedLayout | Decoding | None" = None,
+    layout: "PackedLayout | KeptLayout | KeyValueRequest | Decoding | None" = None,
     **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor | None]:
     """Entry point for transformers; dispatches on the kind of layout."""
     if layout is None:
         return _model_attention(own, module)(module, query, key, value, attention_mask, **options)
+    if isinstance(layout, KeyValueRequest):
+        raise KeysAndValues(key, value)
+    if isinstance(layout, KeptLayout):
+        return kept_attention(query, layout, *_scores(options), options.get("dropout", 0.0)), None
     if isinstance(layout, Decoding):
         return decoding_attention(query, key, value, layout, *_scores(options)), None
     return packed_attention(query, key, value, layout, *_scores(options), options.get("dropout", 0.0)), None
@@ -220,13 +225,7 @@ def packed_attention(
     """
     if _use_flex(query) and not dropout:
         return _flex(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous()
-    attend: Callable[..., Tensor] = partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap)
-    if not softcap and not dropout and _rounds(query) and layout.longest <= SHORT:
-        query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
-        attend = partial(_attend_short, scaling=scaling)
-    elif key.shape[1] != query.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    attend, query, key, value = _prepared(query, key, value, layout.longest, scaling, softcap, dropout)
     limit = sys.maxsize if sliding_window is None else sliding_window
     sizes = [size for tree in layout.trees for size in (tree.prefix, *tree.branches)]
     # One split, because the backward of separate slices would add a gradient of the full length for every piece.
@@ -244,6 +243,76 @@ def packed_attention(
     return torch.cat(out, 2).transpose(1, 2).contiguous()
 
 
+def kept_attention(
+    query: Tensor,
+    layout: KeptLayout,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attend from the kept positions of a packed row to the keys of all.
+
+    Args:
+        query: `[1, heads, m, size]`.
+        layout: The kept positions, and keys and values.
+        scaling: Factor on the scores; 1/√size by default.
+        sliding_window: Number of most recent keys that are visible; None for all.
+        softcap: Soft cap on the scores; None for none.
+        dropout: Probability on the attention weights.
+
+    Returns:
+        `[1, m, heads, size]`.
+    """
+    full, (key, value) = layout.full, (layout.key, layout.value)
+    attend, query, key, value = _prepared(query, key, value, full.longest, scaling, softcap, dropout)
+    sizes = [size for tree in full.trees for size in (tree.prefix, *tree.branches)]
+    ends = torch.searchsorted(layout.kept.cpu(), torch.tensor(sizes).cumsum(0)).tolist()
+    counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    positions = full.columns[layout.kept].split(counts)
+    pieces = zip(query.split(counts, 2), positions, key.split(sizes, 2), value.split(sizes, 2), strict=True)
+    out: list[Tensor] = []
+    for tree in full.trees:
+        (q, position, *prefix), *branches = islice(pieces, len(tree.rows) + 1)
+        if len(position):
+            out.append(attend(q, *prefix, _visible(position, tree.prefix, sliding_window)))
+        if most := max(len(position) for _, position, *_ in branches):
+            # All branches in one batch, as in `_branches`; a key's index in its row is its position.
+            q, k, v = _batch_of_branches([(q, k, v) for q, _, k, v in branches], prefix, most, max(tree.branches))
+            rows = torch.stack([F.pad(position, (0, most - len(position))) for _, position, *_ in branches])
+            found = attend(q, k, v, _visible(rows, k.shape[2], sliding_window)[:, None])
+            out += [found[i : i + 1, :, : len(position)] for i, (_, position, *_) in enumerate(branches)]
+    return torch.cat(out, 2).transpose(1, 2).contiguous()
+
+
+def _visible(positions: Tensor, keys: int, window: int | None) -> Tensor:
+    """True where a query at one of `positions` `[…]` may attend to one of the first keys of its row, `[…, keys]`."""
+    return within_window(positions[..., None] - torch.arange(keys, device=positions.device), window)
+
+
+def _prepared(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    longest: int,
+    scaling: float | None,
+    softcap: float | None,
+    dropout: float,
+) -> tuple[Callable[..., Tensor], Tensor, Tensor, Tensor]:
+    """The function that attends from `query` to `key` and `value` under a mask, and its three inputs.
+
+    Args:
+        longest: Number of tokens of the longest row.
+    """
+    if not softcap and not dropout and _rounds(query) and longest <= SHORT:
+        query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
+        return partial(_attend_short, scaling=scaling), query, key, value
+    if key.shape[1] != query.shape[1]:
+        repeats = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    return partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap), query, key, value
+
+
 def _branches(
     prefix: Sequence[Tensor],
     branches: Sequence[Sequence[Tensor]],
@@ -256,16 +325,30 @@ def _branches(
     One row with a mask over the whole tree would compute every branch against every other branch. That is milliseconds
     faster for trees of a hundred tokens, but takes three times as long for 32 branches (benchmarks/sharing.py).
     """
-    longest = max(lengths)
+    out = attend(*_batch_of_branches(branches, prefix[1:], max(lengths), max(lengths)), mask)
+    return [out[i : i + 1, :, :length] for i, length in enumerate(lengths)]
+
+
+def _batch_of_branches(
+    branches: Sequence[Sequence[Tensor]], prefix: Sequence[Tensor], queries: int, keys: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of all branches as a batch of padded rows; keys and values begin with those of the prefix.
+
+    Args:
+        branches: Query, key and value of each branch.
+        prefix: Key and value of the prefix.
+        queries: Largest number of queries of a branch.
+        keys: Largest number of keys of a branch.
+    """
     q, k, v = (
-        torch.cat([F.pad(branch[i], (0, 0, 0, longest - branch[i].shape[2])) for branch in branches]) for i in range(3)
+        torch.cat([F.pad(branch[i], (0, 0, 0, width - branch[i].shape[2])) for branch in branches])
+        for i, width in enumerate((queries, keys, keys))
     )
     k, v = (
         torch.cat([shared.expand(len(branches), -1, -1, -1), own], 2)
-        for shared, own in zip(prefix[1:], (k, v), strict=True)
+        for shared, own in zip(prefix, (k, v), strict=True)
     )
-    out = attend(q, k, v, mask)
-    return [out[i : i + 1, :, :length] for i, length in enumerate(lengths)]
+    return q, k, v
 
 
 def _attend(

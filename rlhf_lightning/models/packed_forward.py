@@ -9,12 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import first_line
+from rlhf_lightning.models import last_layer
 from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.backbone import in_mode
 from rlhf_lightning.models.lora import base_of, is_quantized
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_shared_prefixes, group_by_token_budget
 from rlhf_lightning.models.precision import NARROW
-from rlhf_lightning.models.sharding import full_tensor, is_sharded, max_over_ranks, run_unsharded, runs_unsharded
+from rlhf_lightning.models.sharding import (
+    full_tensor,
+    is_sharded,
+    layers_of,
+    max_over_ranks,
+    run_unsharded,
+    runs_unsharded,
+)
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,6 +34,8 @@ CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Default number of tokens computed at once; on a CPU, the number that fits into its caches (benchmarks/sharing.py)."""
 GRADIENT_TOKENS = 1024
 """Length in tokens up to which gradients of packed rows are compared."""
+KEPT = 0.75
+"""Largest fraction of positions for which the last layer leaves out the others."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 """Exceptions of models that do not support packed rows."""
 
@@ -78,6 +88,11 @@ class PackedForward:
         """Context manager in which the model runs; it determines where activations for backward are stored."""
         self._checked = {False: 0, True: 0}
         """Length in tokens up to which packed rows were compared, without and with gradients."""
+        layers = layers_of(model)
+        self._last = layers[-1] if layers else None
+        """The last decoder layer, which computes only wanted positions; None if it computes all."""
+        if self._last is not None:
+            last_layer.install(self._last)
         # Compare immediately on a few tokens, because an attention that cannot be replaced must not stay replaced.
         if install(self.config):
             self._compare(16, gradients=False)
@@ -122,6 +137,9 @@ class PackedForward:
     def _packed(self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix]) -> Hidden:
         """Hidden states of a group of trees, as one packed row."""
         layout = PackedLayout(trees, input_ids.device)
+        places, rows, columns = layout.places(wanted)
+        if self._reduces_last_layer(input_ids.device) and len(kept := places.unique()) <= KEPT * len(layout.rows):
+            layout.kept, places = kept, torch.searchsorted(kept, places)
         states = self.decoder(
             input_ids=input_ids[layout.rows, layout.columns][None],
             position_ids=layout.columns[None],
@@ -130,8 +148,12 @@ class PackedForward:
             use_cache=False,
             layout=layout,
         )[0][0]
-        places, rows, columns = layout.places(wanted)
         return Hidden(states[places], rows, columns)
+
+    def _reduces_last_layer(self, device: torch.device) -> bool:
+        """True if the last layer computes only wanted positions: neither on a GPU, sharded nor compiled."""
+        last = self._last
+        return last is not None and device.type == "cpu" and not is_sharded(self.model) and not _is_compiled(last)
 
     def _padded(self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix]) -> Hidden:
         """Hidden states of a group of right-padded rows, without sharing."""
@@ -167,22 +189,54 @@ class PackedForward:
             self._compare(min(size, GRADIENT_TOKENS), gradients=True)
 
     def _compare(self, length: int, gradients: bool) -> None:
-        """Uninstall the packed attention if packed rows fail or differ by more than rounding."""
+        """Stop using a shortcut whose results fail or differ by more than rounding."""
+        name, device = type(base_of(self.model)).__name__, next(iter(self.model.parameters())).device
+        if reason := self._failure(self._packing_difference, length, gradients):
+            uninstall(self.config)
+            log.info("%s cannot run packed rows (%s); using padded rows without shared prompts", name, reason)
+        elif self._reduces_last_layer(device) and (
+            reason := self._failure(self._last_layer_difference, length, gradients)
+        ):
+            self._last = None
+            log.info("the last layer of %s computes all positions, also those without a use (%s)", name, reason)
+
+    def _failure(self, compare: Callable[[int, bool], float], length: int, gradients: bool) -> str | None:
+        """The reason why results differ by more than rounding; None if they do not."""
         try:
-            difference = self._difference(length, gradients)
+            difference = compare(length, gradients)
         except torch.OutOfMemoryError:
             raise
         except FAILURES as error:
-            difference, reason = torch.inf, first_line(error)
-        else:
-            reason = f"relative difference {difference:.1e} at {length} tokens"
-        if difference > tolerance(self.model, gradients):
-            uninstall(self.config)
-            name = type(base_of(self.model)).__name__
-            log.info("%s cannot run packed rows (%s); using padded rows without shared prompts", name, reason)
+            return first_line(error)
+        if difference <= tolerance(self.model, gradients):
+            return None
+        return f"relative difference {difference:.1e} at {length} tokens"
 
-    def _difference(self, length: int, gradients: bool) -> float:
+    def _packing_difference(self, length: int, gradients: bool) -> float:
         """Largest relative difference between packed and plain rows, of hidden states and optionally gradients."""
+        ids, wanted, shared = self._check_rows(length)
+        ends = wanted.sum(1).tolist()
+        plain = [SharedPrefix((row,), end, (0,)) for row, end in enumerate(ends)]
+        with _exact_mode(self.model, ids.device, gradients):
+            packed = self._effects([run_unsharded(self.model, self._packed, ids, wanted, shared)], length)
+            apart = self._effects(
+                [run_unsharded(self.model, self._padded, ids, wanted, [tree]) for tree in plain], length
+            )
+        return _relative_difference(packed, apart)
+
+    def _last_layer_difference(self, length: int, gradients: bool) -> float:
+        """The same between packed rows whose last layer computes wanted positions only, and all positions."""
+        ids, wanted, shared = self._check_rows(length)
+        wanted &= torch.arange(length) % 3 == 2
+        last, found = self._last, []
+        with _exact_mode(self.model, ids.device, gradients):
+            for self._last in (last, None):
+                found.append(self._effects([self._packed(ids, wanted, shared)], length))
+        self._last = last
+        return _relative_difference(*found)
+
+    def _check_rows(self, length: int) -> tuple[Tensor, Tensor, list[SharedPrefix]]:
+        """Random rows of up to `length` tokens, the positions of their tokens, and the prefixes that they share."""
         weight = next(iter(self.model.parameters()))
         generator = torch.Generator().manual_seed(length)
         vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
@@ -191,17 +245,13 @@ class PackedForward:
         prefix = max(1, length // 2)
         ids[2:, :prefix] = ids[1, :prefix]
         ends = [length // 3 + 1, length, min(length, prefix + length // 8 + 1), prefix]
-        ids, wanted = ids.to(weight.device), torch.arange(length) < torch.tensor(ends)[:, None]
-        plain = [SharedPrefix((row,), end, (0,)) for row, end in enumerate(ends)]
-        shared = [plain[0], SharedPrefix((1, 2, 3), prefix, tuple(end - prefix for end in ends[1:]))]
-        with _exact_mode(self.model, weight.device, gradients):
-            packed = self._effects([run_unsharded(self.model, self._packed, ids, wanted, shared)], length)
-            apart = self._effects(
-                [run_unsharded(self.model, self._padded, ids, wanted, [tree]) for tree in plain], length
-            )
-        scale = 1e-3 * torch.stack([tensor.norm() for tensor in apart[1:]]).norm() if len(apart) > 1 else 0.0
-        differences = [(a - b).norm() / (b.norm() + scale) for a, b in zip(packed, apart, strict=True)]
-        return float(torch.stack(differences).nan_to_num(torch.inf).max())
+        wanted = torch.arange(length) < torch.tensor(ends)[:, None]
+        branches = tuple(end - prefix for end in ends[1:])
+        return (
+            ids.to(weight.device),
+            wanted,
+            [SharedPrefix((0,), ends[0], (0,)), SharedPrefix((1, 2, 3), prefix, branches)],
+        )
 
     def _effects(self, parts: list[Hidden], length: int) -> list[Tensor]:
         """Hidden states in batch order, and the gradients of a random projection of them."""
@@ -212,6 +262,13 @@ class PackedForward:
         generator = torch.Generator().manual_seed(length)
         direction = torch.randn(states.shape, generator=generator).to(states.device)
         return [states.detach(), *_gradients(self.model, (states * direction).sum())]
+
+
+def _relative_difference(found: list[Tensor], right: list[Tensor]) -> float:
+    """Largest relative difference of hidden states, which come first, and gradients."""
+    scale = 1e-3 * torch.stack([tensor.norm() for tensor in right[1:]]).norm() if len(right) > 1 else 0.0
+    differences = [(a - b).norm() / (b.norm() + scale) for a, b in zip(found, right, strict=True)]
+    return float(torch.stack(differences).nan_to_num(torch.inf).max())
 
 
 def _gradients(model: nn.Module, total: Tensor) -> list[Tensor]:
@@ -244,6 +301,10 @@ def tolerance(model: nn.Module, gradients: bool) -> float:
     if next(iter(model.parameters())).dtype in NARROW or is_quantized(model):
         return 0.3 if gradients else 0.1
     return 1e-3
+
+
+def _is_compiled(layer: nn.Module) -> bool:
+    return getattr(layer, "_compiled_call_impl", None) is not None
 
 
 @contextmanager

@@ -143,6 +143,7 @@ class PackedLayout:
     Attributes:
         rows: Row of each token in the batch, `[n]`.
         columns: Column of each token in the batch, which is also its position, `[n]`.
+        kept: Increasing indices of the tokens that the last layer computes, `[m]`; None for all. See `last_layer`.
 
     Example:
         >>> layout = PackedLayout([SharedPrefix((0, 1), 2, (1, 1))], torch.device("cpu"))
@@ -152,6 +153,7 @@ class PackedLayout:
 
     def __init__(self, trees: Sequence[SharedPrefix], device: torch.device) -> None:
         self.trees, self.device = list(trees), device
+        self.kept: Tensor | None = None
         rows, columns, tree_ids, branch_ids = [], [], [], []
         for number, tree in enumerate(trees):
             spans = [(tree.rows[0], 0, tree.prefix, 0)]

@@ -55,11 +55,14 @@ def run_every_command(kind: str, base: str, one: Trainer, **options: Any) -> Non
 
 
 def assert_same_runs(root: Path) -> None:
-    """The runs in the folders `one` and `two` ended with the same weights, and saved the same files."""
+    """The runs in the folders `one` and `two` ended with the same weights, and saved the same files.
+
+    Up to the rounding of float32: one process leaves out positions in the last layer, sharded models compute all.
+    """
     one, two = (torch.load(root / folder / "weights.pt") for folder in ("one", "two"))
-    same(one, two, rtol=1e-6, atol=1e-8)
+    same(one, two, rtol=1e-6, atol=1e-7)
     files = [next((root / folder / "model").glob("*model.safetensors")) for folder in ("one", "two")]
-    same(load_file(files[0]), load_file(files[1]), rtol=1e-6, atol=1e-8)
+    same(load_file(files[0]), load_file(files[1]), rtol=1e-6, atol=1e-7)
     assert {path.name for path in files[0].parent.iterdir()} == {path.name for path in files[1].parent.iterdir()}
 
 

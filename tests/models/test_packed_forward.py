@@ -11,12 +11,14 @@ import torch
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.models.last_layer import KeptLayout
 from rlhf_lightning.models.loading import compile_layers
 from rlhf_lightning.models.logits import TokenLogprobsFunction
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_shared_prefixes, group_by_token_budget
 from rlhf_lightning.models.scorers import ImplicitReward, RewardHead
+from rlhf_lightning.models.sharding import layers_of
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import FunctionReward
 from tests.helpers.models import build_model
@@ -106,6 +108,35 @@ def test_shared_rows_equal_plain_ones(
         # HF norms compute in float32 even in a float64 model.
         found = gradients(model, (output.logprobs * weights).sum())
         close(found, gradients(model, (wanted * weights).sum()), 1e-6)
+
+
+@pytest.mark.parametrize("architecture", [name for name in PACKING if name != "gpt2"])  # it restores its input's shape
+def test_last_layer_computes_wanted_positions_only(architecture: str, tokenizer: Any) -> None:
+    """Its keys are computed at all positions, its feed-forward layer at those whose next token is scored."""
+    model = model_of(architecture, tokenizer)
+    scorer = TokenLogprobs(model)
+    tokens: list[int] = []
+    layers_of(model)[-1].mlp.register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[1]))
+    batch = rows_of(*CASES["long prompts"])
+    scorer.packed_forward.check(batch["input_ids"].shape[1])
+    tokens.clear()
+    scorer(batch["input_ids"], batch["loss_mask"]).logprobs.sum().backward()
+    # Both prompts' last tokens are wanted once for all responses; no token follows the last one of a response.
+    assert tokens == [2 + int(batch["loss_mask"].sum()) - 5]
+
+
+def test_model_whose_last_layer_reads_all_positions_computes_them(tokenizer: Any, caplog: Any) -> None:
+    """The numerical check finds a layer whose output depends on the positions that it computes."""
+    model = model_of("qwen3", tokenizer)
+
+    def differs(layer: Any, args: Any, kwargs: Any, output: torch.Tensor) -> torch.Tensor:
+        return output + 1.0 if isinstance(kwargs.get("layout"), KeptLayout) else output
+
+    layers_of(model)[-1].register_forward_hook(differs, with_kwargs=True)
+    with caplog.at_level("INFO"):
+        forward = PackedForward(model, model.get_decoder())
+    assert forward.packs
+    assert "the last layer of Qwen3ForCausalLM computes all positions" in caplog.text
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral", "gemma2"])
