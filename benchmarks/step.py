@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.quickstart import machine  # noqa: E402
 from benchmarks.steps import tables  # noqa: E402
+from benchmarks.steps.clock import CPU_TIME  # noqa: E402
 from benchmarks.steps.sides import Side, compare  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 
@@ -32,6 +33,20 @@ TASKS = ["sft", "reward", "dpo", "rl", "generate"]
 SIZES: dict[str, dict[str, int]] = {
     "5m": {},
     "600m": {"vocab": 151_936, "hidden": 1024, "intermediate": 3072, "layers": 28, "heads": 16, "kv_heads": 8},
+    "40m": {
+        "vocab": 16384,
+        "hidden": 640,
+        "intermediate": 1920,
+        "layers": 8,
+        "heads": 10,
+        "kv_heads": 5,
+        "batch": 8,
+        "prompt_tokens": 64,
+        "response_tokens": 64,
+        "groups": 4,
+        "group_size": 4,
+        "new_tokens": 64,
+    },
     "17m": {"vocab": 16384, "hidden": 384, "intermediate": 1152, "layers": 6, "heads": 6, "kv_heads": 3},
 }
 MEMORY = {"vocab": 151_669, "batch": 1, "prompt_tokens": 100, "response_tokens": 1900, "data": ""}
@@ -109,7 +124,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trl-huge-pages", action="store_true", help="THP_MEM_ALLOC_ENABLE=1 for TRL as well")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of seconds, on a shared machine")
     parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-growth", action="store_true")
     parser.add_argument("--name", help="of the result file; the size by default")
     for option in fields(Workload):
         kind = option.type if isinstance(option.type, type) else {"int": int, "str": str, "bool": bool}[option.type]
@@ -121,6 +138,8 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     """Run, print and write."""
     given = arguments()
+    if given.cpu_time:
+        os.environ[CPU_TIME] = "1"  # of both sides
     chosen = {f.name: getattr(given, f.name) for f in fields(Workload) if getattr(given, f.name) is not None}
     work = Workload(**{**SIZES[given.size], **chosen})
     with tempfile.TemporaryDirectory() as scratch:
@@ -138,12 +157,13 @@ def main() -> None:
             "machine": machine(),
             "date": date.today().isoformat(),
             "threads": given.threads,
+            "clock": "CPU" if given.cpu_time else "wall",
             "trl_huge_pages": given.trl_huge_pages,
             "workload": settings,
             "lightning_seconds_per_step": ours.ask(task="lightning"),
             "tasks": tasks,
         }
-        if "rl" in given.tasks:
+        if "rl" in given.tasks and not given.no_growth:
             report["growth"] = growth(ours, work, given.repeats)
         ours.close()
         theirs.close()

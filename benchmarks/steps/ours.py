@@ -1,6 +1,5 @@
 """Steps of this project in whole `Trainer.fit` runs, each timed from the end of the previous step to its own end."""
 
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from benchmarks.steps.clock import now
 from benchmarks.steps.workload import MAX_LENGTH, Workload, count_vowels
 from rlhf_lightning import (
     PolicyRLModule,
@@ -38,11 +38,11 @@ class StepTimes(pl.Callback):
         self.marks: list[float] = []
 
     def on_train_start(self, trainer: Any, module: Any) -> None:
-        self.marks.append(time.perf_counter())
+        self.marks.append(now())
 
     def on_train_batch_end(self, trainer: Any, module: Any, *args: Any) -> None:
         synchronize()
-        self.marks.append(time.perf_counter())
+        self.marks.append(now())
 
     @property
     def seconds(self) -> list[float]:
@@ -125,12 +125,12 @@ class Generation:
     def __call__(self, steps: int) -> list[float]:
         seconds = []
         for step in range(steps):
-            start = time.perf_counter()
+            start = now()
             seeds = [step * len(self.prompts) + i for i in range(len(self.prompts))]
             with torch.autocast(self.work.device, dtype=torch.bfloat16, enabled=self.work.autocast):
                 samples = self.engine.generate(self.prompts, SamplingParams(max_tokens=self.work.new_tokens), seeds)
             synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
             assert all(len(sample.ids) == self.work.new_tokens for sample in samples)
         return seconds
 
@@ -208,5 +208,6 @@ def profile(task: str, folder: Path, work: Workload) -> dict[str, float]:
         if event.key.startswith("aten::"):
             kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "elementwise")
             times[kind] += event.self_cpu_time_total / 1e6
-    times["rest"] = max(0.0, seconds - sum(times.values()))
+    seconds = max(seconds, sum(times.values()))  # the profiler has wall time, `seconds` may be CPU time
+    times["rest"] = seconds - sum(times.values())
     return {kind: value / seconds for kind, value in times.items()}

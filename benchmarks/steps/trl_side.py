@@ -1,6 +1,5 @@
 """The same steps with TRL: whole `Trainer.train` runs, timed alike, with the fastest settings that compute the same."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, TrainerCallback
 
+from benchmarks.steps.clock import now
 from benchmarks.steps.ours import generation_prompts, synchronize
 from benchmarks.steps.workload import Workload, count_vowels
 
@@ -19,11 +19,11 @@ class StepTimes(TrainerCallback):
         self.marks: list[float] = []
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.marks = [time.perf_counter()]
+        self.marks = [now()]
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         synchronize()
-        self.marks.append(time.perf_counter())
+        self.marks.append(now())
 
     @property
     def seconds(self) -> list[float]:
@@ -122,11 +122,11 @@ def _generation(folder: Path, work: Workload) -> Callable[[int], list[float]]:
     def run(steps: int) -> list[float]:
         seconds = []
         for _ in range(steps):
-            start = time.perf_counter()
+            start = now()
             with torch.no_grad(), torch.autocast(work.device, dtype=torch.bfloat16, enabled=work.autocast):
                 out = model.generate(ids, attention_mask=loss_mask, **options)
             synchronize()
-            seconds.append(time.perf_counter() - start)
+            seconds.append(now() - start)
             assert out.shape[1] == width + work.new_tokens
         return seconds
 

@@ -21,7 +21,8 @@ from rlhf_lightning.generation.hf_generate import generate
 from rlhf_lightning.generation.kv_cache import PrefillCache, SlotKVCache
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts, record_token, sample_token, uniforms
 from rlhf_lightning.models.attention import Decoding
-from rlhf_lightning.models.backbone import Backbone, few_rows, in_mode
+from rlhf_lightning.models.backbone import Backbone, in_mode
+from rlhf_lightning.models.decoding_layers import decoding_layers
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import FAILURES, PackedForward, tolerance
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, group_by_token_budget
@@ -151,7 +152,7 @@ class LocalEngine:
                 self._plain = self._check()
             if not (self._plain and self.packed_forward.packs):
                 return generate(self.model, prompts, params, seeds, self.decode)
-            with few_rows(self.model):
+            with decoding_layers(self.model):
                 return _Batch(self, prompts, params, seeds).run()
 
     @contextmanager

@@ -7,7 +7,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -19,8 +18,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
-FEW = 64
-"""Number of rows up to which a CPU computes `(W xᵀ)ᵀ` faster than `x Wᵀ`."""
 
 
 class Backbone:
@@ -140,32 +137,3 @@ def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-@contextmanager
-def few_rows(model: nn.Module) -> Iterator[None]:
-    """Context manager that speeds up linear layers for decoding on a CPU, with the order of factors for few rows.
-
-    Applies only on a CPU in full precision, to at most `FEW` rows; all other cases run unchanged. Gradients are not
-    supported within the context.
-    """
-    weight = next(model.parameters())
-    full = weight.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(weight.device.type)
-    layers = [module for module in model.modules() if type(module) is nn.Linear and "forward" not in vars(module)]
-    layers = layers if full and weight.device.type == "cpu" else []
-    for layer in layers:
-        layer.forward = partial(_linear, layer)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer in layers:
-            del layer.forward
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer(x)`, computed as `(W xᵀ)ᵀ` for up to `FEW` rows."""
-    rows = x.numel() // x.shape[-1]
-    if rows > FEW:
-        return F.linear(x, layer.weight, layer.bias)
-    out = (layer.weight @ x.reshape(rows, -1).t()).t().contiguous()
-    return (out if layer.bias is None else out + layer.bias).view(*x.shape[:-1], -1)

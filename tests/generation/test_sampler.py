@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
@@ -12,6 +13,8 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.sampler import ModelSampler, Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams, is_complete, sample_token
+from rlhf_lightning.models.decoding_layers import decoding_layers
+from rlhf_lightning.models.lora import LoRA, base_of
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from tests.helpers.models import build_model
 
@@ -122,6 +125,30 @@ def test_bf16_samples_match_the_trainers_precision(tokenizer: Any, device: torch
         )
     gap = (scores.detach() - torch.tensor(sample.logprobs)).abs()
     assert gap.mean() <= 0.02
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_decoding_layers_compute_as_autocast_does(lora: bool, tokenizer: Any) -> None:
+    """The same bits, although weights are converted only once, and no layer is left changed."""
+    model: Any = build_model(tokenizer, head_dim=16)
+    if lora:
+        model = get_peft_model(model, LoRA(rank=4).config(model, "CAUSAL_LM"))
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = model(ids).logits
+        hidden = base_of(model).get_decoder()(ids)[0]
+        with decoding_layers(model):
+            layers = [module for module in model.modules() if "forward" in vars(module)]
+            converted = [layer.forward.keywords["weight"].dtype for layer in layers]
+            assert torch.equal(base_of(model).get_decoder()(ids)[0], hidden)
+            assert torch.equal(model(ids).logits, plain)
+    assert set(converted) == {torch.bfloat16}
+    linear = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    assert len(converted) == len(linear) - 1, "all but the head"
+    assert not any("forward" in vars(module) for module in linear)
 
 
 def test_samples_follow_the_distribution(tokenizer: Any) -> None:
