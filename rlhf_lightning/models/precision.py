@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from threading import Lock
 from typing import Any
 
 import torch
@@ -86,16 +87,34 @@ def weights_alone(plugin: Any) -> None:
         plugin.forward_context = plugin.tensor_init_context = nullcontext
 
 
+class _Rounding:
+    """The number of users of PyTorch's setting for float32 products, and the value that it had before.
+
+    The setting holds for the whole process. A thread may sample while a step trains, so the last user restores it.
+    """
+
+    lock = Lock()
+    users = 0
+    before = "highest"
+
+
 @contextmanager
 def rounded_factors() -> Iterator[None]:
     """Context manager in which matrix products of float32 tensors may round their factors, but not their sums.
 
     On a CPU, oneDNN then computes them: with AMX it multiplies in bfloat16 and adds in float32; on other processors it
-    computes in float32, on those of AMD twice as fast as the library that PyTorch uses otherwise.
+    computes in float32, on those of AMD twice as fast as the library that PyTorch uses otherwise. The setting holds for
+    all threads of the process.
     """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
+    with _Rounding.lock:
+        if _Rounding.users == 0:
+            _Rounding.before = torch.get_float32_matmul_precision()
+            torch.set_float32_matmul_precision("medium")
+        _Rounding.users += 1
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        with _Rounding.lock:
+            _Rounding.users -= 1
+            if _Rounding.users == 0:
+                torch.set_float32_matmul_precision(_Rounding.before)

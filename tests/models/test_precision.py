@@ -21,7 +21,7 @@ from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.logits import RoundedLogitsFunction
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix
-from rlhf_lightning.models.precision import logprob_rounding
+from rlhf_lightning.models.precision import logprob_rounding, rounded_factors
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import ModelReward
 from rlhf_lightning.types import Completion
@@ -90,6 +90,18 @@ def test_gradients_of_the_head_under_autocast_are_rounded_ones() -> None:
     for ours, exact in zip((logits, *found), (wide, *wanted), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() < 5e-3 * exact.norm()
+
+
+def test_rounding_of_factors_ends_with_the_last_of_overlapping_users() -> None:
+    """Two threads whose uses overlap without one being inside the other."""
+    first, second = rounded_factors(), rounded_factors()
+    assert torch.get_float32_matmul_precision() == "highest"
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "medium"
+    second.__exit__(None, None, None)
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("window", [None, 5])
