@@ -141,7 +141,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     """
 
     stage_kind = "policy"
-    on_bar = ("entropy",)
+    on_bar = ("entropy", "divergence")
     requires = ("input_ids", "loss_mask", "old_logprobs", "advantages")
     measures_batches = False
 

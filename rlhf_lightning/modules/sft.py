@@ -74,7 +74,7 @@ class SFTModule(RLHFModule[SFTBatch]):
     """
 
     stage_kind = "sft"
-    on_bar = ("nll",)
+    on_bar = ("nll", "divergence")
 
     def __init__(
         self,
