@@ -18,6 +18,7 @@ from benchmarks.learning import (
     objectives,
     over_optimization,
     quickstart_curves,
+    staleness,
 )
 from rlhf_lightning import PolicyRLModule
 from rlhf_lightning.checkpointing.metrics_csv import MetricsCSV
@@ -66,6 +67,7 @@ REPORTS = {
     "objectives": lambda results: objectives.tables(results["runs"], results["choice"], [0, 1, 2, 3, 4]),
     "length_preference": lambda results: length_preference.report(results["runs"], length_preference.Sizes()),
     "over_optimization": lambda results: over_optimization.table(results["runs"]),
+    "staleness": lambda results: staleness.tables(results["runs"]),
 }
 
 
@@ -229,6 +231,18 @@ def test_every_objective_improves_the_score(
     assert len(curve) == 4
     # Each score is the mean of 1,280 draws: its standard error is about 0.01.
     assert graph_walk.measured(module, graph)["drawn"] > start["drawn"] + 0.05
+
+
+def test_method_of_the_staleness_benchmark_samples_ahead(
+    walked: tuple[graph_walk.Graph, str, dict[str, float]], tmp_path: Path
+) -> None:
+    graph, model, _ = walked
+    for max_staleness, ages in ((0, None), (1, [0.0, 1.0, 1.0])):
+        curve = graph_walk.Curve()
+        method = staleness.ahead(staleness.METHODS["PPO, 8 steps"], max_staleness)
+        _, scores = graph_walk.reinforced(method, graph, model, 20, str(tmp_path), rounds=3, rollouts=32, curve=curve)
+        assert len(scores) == 3
+        assert ages is None or curve.of("staleness") == ages
 
 
 def test_learning_rate_with_the_best_mean_over_tuning_seeds() -> None:

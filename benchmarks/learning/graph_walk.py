@@ -167,9 +167,16 @@ METHODS = {
 
 
 def reinforced(
-    method: Method, graph: Graph, model: str, seed: int, folder: str, rounds: int = ROUNDS, rollouts: int = ROLLOUTS
+    method: Method,
+    graph: Graph,
+    model: str,
+    seed: int,
+    folder: str,
+    rounds: int = ROUNDS,
+    rollouts: int = ROLLOUTS,
+    curve: "Curve | None" = None,
 ) -> tuple[PolicyRLModule, list[float]]:
-    """The trained policy, and the mean score of each round."""
+    """The trained policy, and the mean score of each round; `curve` records all statistics of the rounds."""
     pl.seed_everything(seed, verbose=False)
 
     def score(completions: list[str], start: list[int]) -> list[float]:
@@ -189,7 +196,7 @@ def reinforced(
     rows = [{"prompt": f"n{start}", "start": start} for start in starts]
     updates = {"update_epochs": method.epochs, "minibatches": method.minibatches}
     data = PromptDataModule(rows, prompts_per_round=per_round, group_size=method.group, seed=seed, **updates)
-    curve = Curve()
+    curve = curve or Curve()
     trainer(folder, max_epochs=1, gradient_clip_val=1.0, callbacks=[curve]).fit(module, data)
     return module, curve.of("reward")
 

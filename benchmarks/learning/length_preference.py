@@ -130,7 +130,9 @@ def accuracy(folder: str, pairs: list[dict[str, str]]) -> float:
     return float((chosen > rejected).float().mean())
 
 
-def reinforced(task: Task, model: str, reward: str, seed: int, sizes: Sizes, folder: str) -> tuple[Any, Curve]:
+def reinforced(
+    task: Task, model: str, reward: str, seed: int, sizes: Sizes, folder: str, max_staleness: int = 0
+) -> tuple[Any, Curve]:
     """The trained policy, and the statistics of the rounds."""
     pl.seed_everything(seed, verbose=False)
     module = PolicyRLModule(
@@ -139,6 +141,7 @@ def reinforced(task: Task, model: str, reward: str, seed: int, sizes: Sizes, fol
         sampler=Sampler(max_tokens=96),
         kl=KLPenalty(0.1),
         optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0),
+        max_staleness=max_staleness,
     )
     data = PromptDataModule(task.prompts, prompts_per_round=sizes.prompts, group_size=sizes.group, seed=seed)
     curve = Curve()
@@ -158,15 +161,15 @@ def measured(module: Any, task: Task) -> dict[str, float]:
     }
 
 
-def run(seed: int, sizes: Sizes) -> dict[str, Any]:
-    """Run the three stages of a seed."""
+def run(seed: int, sizes: Sizes, max_staleness: int = 0) -> dict[str, Any]:
+    """Run the three stages of a seed; `max_staleness` is that of RL."""
     task = Task(seed, sizes)
     with tempfile.TemporaryDirectory() as folder:
         model = supervised(task, seed, sizes, folder)
         reward = rewarding(task, model, seed, folder)
         start = PolicyRLModule(model, sampler=Sampler(max_tokens=96))
         start.configure_model()
-        module, curve = reinforced(task, model, reward, seed, sizes, folder)
+        module, curve = reinforced(task, model, reward, seed, sizes, folder, max_staleness)
         return {
             "pair_accuracy": accuracy(reward, task.held_out_pairs),
             "start": measured(start, task),
