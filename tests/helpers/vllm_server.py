@@ -64,6 +64,7 @@ class FakeServer:
         self.probed, self.version, self.adapters, self.paths, self.weights = probed, version, {}, {}, "default"
         self.before: Callable[[str, dict[str, Any]], None] = lambda path, body: None
         self.requests: Counter[str] = Counter()
+        self.engines: dict[str, LocalEngine] = {}
         self.now = self.most = 0
         self.lock, self.sampling = threading.Lock(), threading.Lock()
         fake = self
@@ -176,7 +177,9 @@ class FakeServer:
         )
         model = self.adapters.get(name, self.model)
         with self.sampling:
-            (found,) = LocalEngine(model, self.decode).generate([ids], params, [given.get("seed") or 0])
+            # Built once, because an engine first checks the model's cache.
+            engine = self.engines.setdefault(name, LocalEngine(model, self.decode))
+            (found,) = engine.generate([ids], params, [given.get("seed") or 0])
         time.sleep(0.002)  # so that requests overlap
         content = [
             {"token_id": token, "logprob": logprob, "top_logprobs": [{"token_id": token, "logprob": logprob}]}
