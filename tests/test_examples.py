@@ -1,6 +1,8 @@
 """Every program in examples/ runs and has the described effect."""
 
 import inspect
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from examples import (
     distill,
     engine,
     environments,
+    judge,
     label_by_rule,
     objectives,
     own_module,
@@ -34,6 +37,7 @@ from rlhf_lightning.models.scorers import LoadedModel
 from rlhf_lightning.objectives.policy import importance_sampling
 from rlhf_lightning.rollout.advantages import compute_token_advantages
 from rlhf_lightning.types import Episode, Row, TrainingSample
+from tests.helpers.judge_server import Asked, serving
 from tests.helpers.models import build_model
 from tests.helpers.runs import in_ranks
 from tests.helpers.training import trainer
@@ -224,6 +228,25 @@ def test_custom_module(base: str, tmp_path: Path) -> None:
     logprobs = module.token_logprobs(sampled["input_ids"], sampled["loss_mask"]).logprobs  # type: ignore[operator]
     torch.testing.assert_close(logprobs * sampled["loss_mask"], sampled["old_logprobs"], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(advantages, rewards - rewards.view(2, 4).mean(1).repeat_interleave(4))
+
+
+def test_judge(base: str, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+
+    def answer(asked: Asked) -> str:
+        words = re.findall(r"BEGIN .*response \w+\n(.*?)\nEND", asked["messages"][1]["content"], re.DOTALL)
+        if len(words) == 1:
+            return json.dumps({"reason": "", "score": 1 + len(words[0]) % 5})
+        return json.dumps({"reason": "", "better": "first" if words[0] > words[1] else "second"})
+
+    with serving(answer) as server:
+        trained = judge.main(base, server.url, "tiny", str(tmp_path))
+        asked = len(server.requests)
+        assert trained.global_step == 2
+        assert trained.callback_metrics["train/reward_judge"] > 1
+        assert trained.callback_metrics["train/reward_comparison_order_bias"] == 0
+        judge.main(base, server.url, "tiny", str(tmp_path))
+        assert len(server.requests) == asked > 16, "the same run again asks nothing"
 
 
 def test_distill(base: str, tmp_path: Path, tokenizer: object) -> None:

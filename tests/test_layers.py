@@ -91,8 +91,8 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
 
 def test_stage_imports_only_what_it_uses() -> None:
     code = (
-        "import sys, rlhf_lightning as r; r.SFTModule; r.SFTDataModule; "
-        "heavy = ['peft', 'datasets', 'pyarrow']; "
+        "import sys, rlhf_lightning as r, rlhf_lightning.rewards; r.SFTModule; r.SFTDataModule; "
+        "heavy = ['peft', 'datasets', 'pyarrow', 'openai']; "
         "print([name for name in heavy if name in sys.modules])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -4,6 +4,8 @@ from rlhf_lightning.rewards.base import Reward, check_finite
 from rlhf_lightning.rewards.function import FunctionReward
 from rlhf_lightning.rewards.generative import GenerativeReward
 from rlhf_lightning.rewards.instructions import InstructionReward
+from rlhf_lightning.rewards.judge import JudgeReward, PairwiseJudgeReward
+from rlhf_lightning.rewards.judge_client import Judge
 from rlhf_lightning.rewards.keywords import BlockedTerms, KeywordReward
 from rlhf_lightning.rewards.length import LengthReward, OverlongPenalty
 from rlhf_lightning.rewards.model import EnsembleReward, ModelReward
@@ -20,11 +22,14 @@ __all__ = [
     "FunctionReward",
     "GenerativeReward",
     "InstructionReward",
+    "Judge",
+    "JudgeReward",
     "KeywordReward",
     "LengthReward",
     "ModelReward",
     "Normalizer",
     "OverlongPenalty",
+    "PairwiseJudgeReward",
     "PairwiseReward",
     "ReasoningGymReward",
     "ReferenceNorm",

@@ -121,13 +121,7 @@ class GenerativeReward(ModelBased):
 
     def check(self, prompts: Sequence[Prompt]) -> None:
         super().check(prompts)
-        known = sorted({key for prompt in prompts for key in prompt.row})
-        for column in self.columns:
-            if prompts and all(absent(prompt.row.get(column)) for prompt in prompts):
-                raise ConfigError(
-                    f"the reward {self.name}: the prompt contains {{{column}}}, but no row has this column; available "
-                    f"are {', '.join((*_KNOWN, *known))}"
-                )
+        check_columns(f"the reward {self.name}: the prompt contains", self.columns, prompts, _KNOWN)
 
     def build(self, renderer: Renderer) -> EpisodeScorer:
         asked = {} if self.system is None else {"system": self.system}
@@ -158,7 +152,7 @@ class GenerativeScores(PlacedModel):
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         """See `Reward.score`; None for an episode without a response or without a column that the prompt contains."""
-        indices = [i for i, episode in enumerate(episodes) if self._applies(episode)]
+        indices = [i for i, episode in enumerate(episodes) if applies(episode, self.reward.columns)]
         scores: list[float | None] = [None] * len(episodes)
         graded = self._graded([episodes[i] for i in indices])
         for i, grade in zip(indices, graded, strict=True):
@@ -166,10 +160,6 @@ class GenerativeScores(PlacedModel):
             scores[i] = self.reward.minimum if grade.failure and self.reward.on_failure == "lowest" else grade.score
         self._report([episodes[i] for i in indices], graded)
         return scores
-
-    def _applies(self, episode: Episode) -> bool:
-        answered = any(message["role"] == "assistant" for message in episode.responses)
-        return answered and not any(absent(episode.row.get(column)) for column in self.reward.columns)
 
     def _graded(self, episodes: Sequence[Episode]) -> list[_Graded]:
         prompts = [self.renderer.prompt_ids(self._question(episode)) for episode in episodes]
@@ -187,10 +177,9 @@ class GenerativeScores(PlacedModel):
 
     def _question(self, episode: Episode) -> str:
         """The text that the judge continues."""
-        last = max(i for i, message in enumerate(episode.responses) if message["role"] == "assistant")
         values = {
             **{column: str(episode.row[column]) for column in self.reward.columns},
-            "prompt": _transcript([*episode.prompt, *episode.responses[:last]]),
+            "prompt": transcript_before(episode),
             "response": self.reward.text(episode),
             "minimum": f"{self.reward.minimum:g}",
             "maximum": f"{self.reward.maximum:g}",
@@ -225,6 +214,33 @@ class GenerativeScores(PlacedModel):
             raise UserError(f"{first}. Change prompt, answer_start, pattern or sampler, or set on_failure: skip")
         if 2 * len(failed) > len(graded):
             log.warning("%d of %d responses got no score. The first: %s", len(failed), len(graded), first)
+
+
+def check_columns(what: str, columns: Sequence[str], prompts: Sequence[Prompt], known: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` if no row has one of the columns that a judge is shown.
+
+    Args:
+        what: Where the columns are named, for the message.
+        columns: The columns.
+        prompts: Prompts of the training data.
+        known: Other names that are available.
+    """
+    available = [*known, *sorted({key for prompt in prompts for key in prompt.row})]
+    for column in columns:
+        if prompts and all(absent(prompt.row.get(column)) for prompt in prompts):
+            raise ConfigError(f"{what} {{{column}}}, but no row has this column; available are {', '.join(available)}")
+
+
+def applies(episode: Episode, columns: Sequence[str]) -> bool:
+    """True if an episode has a response, and its row has a value in each of the columns that a judge is shown."""
+    answered = any(message["role"] == "assistant" for message in episode.responses)
+    return answered and not any(absent(episode.row.get(column)) for column in columns)
+
+
+def transcript_before(episode: Episode) -> str:
+    """The conversation before the policy's last message, as text."""
+    last = max(i for i, message in enumerate(episode.responses) if message["role"] == "assistant")
+    return _transcript([*episode.prompt, *episode.responses[:last]])
 
 
 def _transcript(messages: Sequence[Message]) -> str:

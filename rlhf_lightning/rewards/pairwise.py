@@ -62,22 +62,8 @@ class PairwiseReward(Reward):
         self.judge_of, self.outcome, self.timeout = judge, outcome, timeout
 
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
-        groups: dict[int, list[Episode]] = defaultdict(list)
-        for episode in episodes:
-            groups[episode.group].append(episode)
-        pairs = [pair for group in groups.values() for pair in combinations(group, 2)]
-        wins: dict[int, list[float]] = {id(episode): [] for episode in episodes}
-        bias: dict[int, list[float]] = {id(episode): [] for episode in episodes}
-        for (a, b), (forward, backward) in zip(pairs, self._verdicts(pairs), strict=True):
-            margin = (forward - backward) / 2
-            wins[id(a)].append(margin)
-            wins[id(b)].append(-margin)
-            for episode in (a, b):
-                bias[id(episode)].append(abs(forward + backward) / 2)
-        for episode in episodes:
-            if bias[id(episode)]:
-                episode.details[f"{self.name}_order_bias"] = _mean(bias[id(episode)])
-        return [_mean(wins[id(episode)]) if wins[id(episode)] else None for episode in episodes]
+        pairs = pairs_in_groups(episodes)
+        return win_margins(self.name, episodes, pairs, self._verdicts(pairs))
 
     def _verdicts(self, pairs: Sequence[tuple[Episode, Episode]]) -> list[tuple[float, float]]:
         """For each pair, two numbers from −1 to 1: how much better a is judged in the order (a, b), and b in (b, a)."""
@@ -107,6 +93,48 @@ class PairwiseReward(Reward):
             return 2 * float(value) - 1
         wanted = "1, 0 or -1" if self.outcome == "sign" else "a probability from 0 to 1"
         raise ConfigError(f"{where}: the judge returned {value!r}; it must return {wanted}")
+
+
+def pairs_in_groups(episodes: Sequence[Episode]) -> list[tuple[Episode, Episode]]:
+    """All pairs of episodes with the same prompt."""
+    groups: dict[int, list[Episode]] = defaultdict(list)
+    for episode in episodes:
+        groups[episode.group].append(episode)
+    return [pair for group in groups.values() for pair in combinations(group, 2)]
+
+
+def win_margins(
+    name: str,
+    episodes: Sequence[Episode],
+    pairs: Sequence[tuple[Episode, Episode]],
+    verdicts: Sequence[tuple[float, float] | None],
+) -> list[float | None]:
+    """Wins minus losses of each episode divided by the number of its pairs, from −1 to 1; None without a pair.
+
+    Records the mean preference for the first position as the detail `NAME_order_bias`.
+
+    Args:
+        name: Name of the reward.
+        episodes: The episodes, `N` of them.
+        pairs: Pairs of them.
+        verdicts: For each pair, two numbers from −1 to 1: how much better a is judged in the order (a, b), and b in
+            (b, a). None for a pair without a verdict, which counts for neither episode.
+    """
+    wins: dict[int, list[float]] = {id(episode): [] for episode in episodes}
+    bias: dict[int, list[float]] = {id(episode): [] for episode in episodes}
+    for (a, b), verdict in zip(pairs, verdicts, strict=True):
+        if verdict is None:
+            continue
+        forward, backward = verdict
+        margin = (forward - backward) / 2
+        wins[id(a)].append(margin)
+        wins[id(b)].append(-margin)
+        for episode in (a, b):
+            bias[id(episode)].append(abs(forward + backward) / 2)
+    for episode in episodes:
+        if bias[id(episode)]:
+            episode.details[f"{name}_order_bias"] = _mean(bias[id(episode)])
+    return [_mean(wins[id(episode)]) if wins[id(episode)] else None for episode in episodes]
 
 
 def _mean(values: Sequence[float]) -> float:
