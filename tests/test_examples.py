@@ -234,7 +234,7 @@ def test_judge(base: str, tmp_path: Path) -> None:
     pytest.importorskip("openai")
 
     def answer(asked: Asked) -> str:
-        words = re.findall(r"BEGIN .*response \w+\n(.*?)\nEND", asked["messages"][1]["content"], re.DOTALL)
+        words = re.findall(r"BEGIN (?:\w+ )?response \w+\n(.*?)\nEND", asked["messages"][1]["content"], re.DOTALL)
         if len(words) == 1:
             return json.dumps({"reason": "", "score": 1 + len(words[0]) % 5})
         return json.dumps({"reason": "", "better": "first" if words[0] > words[1] else "second"})

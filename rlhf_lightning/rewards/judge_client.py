@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from rlhf_lightning.environments.user_calls import check_limit, run_calls
+from rlhf_lightning.environments.user_calls import Call, check_limit, run_calls
 from rlhf_lightning.errors import ConfigError, UserError, check_whole, cut, short
 from rlhf_lightning.files import read_object, replacing, visible
 from rlhf_lightning.rewards.base import check_finite
@@ -221,7 +221,8 @@ class JudgeClient:
         open_questions = {key: question for key, question in asked.items() if key not in votes}
         if open_questions:
             self._stop = None
-            (outcome,) = run_calls([partial(self._ask_all, open_questions)])
+            call: Call[dict[str, Vote]] = partial(self._ask_all, open_questions)
+            (outcome,) = run_calls([call])
             votes |= outcome.result()
         return [[votes[key] for key in row] for row in keys]
 
