@@ -105,7 +105,7 @@ def canary(folder: str, dtype: str) -> dict[str, Any]:
             found[str(scale)] |= {"sync_seconds": synced - started, "check_seconds": seconds}
         vllm_engine.write_adapter, vllm_engine._confirm = write, confirm
         digests = {}
-        for scale in (1.0, 1.0001):  # 1.0001 rounds to the same factors in bfloat16
+        for scale in (1.0, 1.0001):
             vllm_engine.write_adapter = partial(write_scaled, write, scale)
             try:
                 engine.engine.sync(PolicyWeights(policy), 100)
