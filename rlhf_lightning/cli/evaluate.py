@@ -1,6 +1,7 @@
 """`rlhf evaluate POLICY [BASELINE] PROMPTS` and `rlhf best-of POLICY PROMPTS`."""
 
 import argparse
+import inspect
 import json
 import math
 from pathlib import Path
@@ -17,10 +18,14 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.evaluation.compare import Figures, SamplingOptions
     from rlhf_lightning.evaluation.policy import Policy
+    from rlhf_lightning.rewards import JudgeReward, PairwiseJudgeReward
 
 COLUMNS = {
     "reward": "reward",
     "win_rate": "win rate",
+    "judge_win_rate": "win rate (judge)",
+    "judge_order_bias": "order bias (judge)",
+    "judge_failed": "no verdict (judge)",
     "kl": "KL (nats)",
     "perplexity": "perplexity",
     "bleu": "BLEU",
@@ -30,6 +35,9 @@ COLUMNS = {
     "response_tokens": "tokens",
     "truncated": "truncated",
 }
+
+_FIXED = {"weight", "name", "normalize", "clip"}
+"""Arguments of a judge that its file does not have, because an evaluation reports its grades as they are."""
 
 
 def run(args: list[str]) -> int:
@@ -42,6 +50,7 @@ def run(args: list[str]) -> int:
     from rlhf_lightning.errors import ConfigError
     from rlhf_lightning.evaluation.compare import SamplingOptions, best_of_n, make_rewards
     from rlhf_lightning.evaluation.policy import Policy
+    from rlhf_lightning.rewards import JudgeReward
 
     setup_logging("warning", None)
     allow_user_code(args)
@@ -49,8 +58,19 @@ def run(args: list[str]) -> int:
     import_scorer(options.scorer)
     rewards = make_rewards(options.reward, options.gold)
     best = args[0] == "best-of"
+    options.judge = read_judge(options.judge) if options.judge else None
+    if isinstance(options.judge, JudgeReward):
+        rewards.append(options.judge)
+        options.judge = None
+    elif options.judge is not None and (best or not options.baseline):
+        raise ConfigError(
+            "--judge: a pairwise judge compares a policy with a baseline: rlhf evaluate POLICY BASELINE PROMPTS; "
+            "without a baseline, remove pairwise: true from its file"
+        )
     if not rewards and (best or options.best_of > 1):
-        raise ConfigError("no reward: give a reward model with --reward, or a function with --gold")
+        raise ConfigError(
+            "no reward: give a reward model with --reward, a function with --gold, or a judge with --judge"
+        )
     if best and options.temperature == 0:
         raise ConfigError("--temperature is 0, so all responses to a prompt would be the same; set it above 0")
     sampling = SamplingOptions(
@@ -99,8 +119,37 @@ def _evaluate(
     if options.baseline:
         baseline = Policy(options.baseline, options.dtype, options.device, options.asked)
         say(baseline.asking.describe())
-    summary, rows = compare(policy, baseline, prompts, sampling, options.best_of, references)
+    summary, rows = compare(policy, baseline, prompts, sampling, options.best_of, references, options.judge)
     return summary, [as_json(row) for row in rows], sum(map(bool, references))
+
+
+def read_judge(path: Path) -> "JudgeReward | PairwiseJudgeReward":
+    """Read a file with the arguments of `JudgeReward`, or with `pairwise: true` those of `PairwiseJudgeReward`.
+
+    Raises:
+        ConfigError: If the file cannot be read, or an argument is unknown or unsuitable.
+    """
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    from rlhf_lightning.errors import ConfigError, first_line
+    from rlhf_lightning.rewards import JudgeReward, PairwiseJudgeReward
+    from rlhf_lightning.yaml_files import read_mapping
+
+    settings = read_mapping(path, "--judge: ")
+    pairwise = settings.pop("pairwise", False)
+    if not isinstance(pairwise, bool):
+        raise ConfigError(f"--judge: {path}: pairwise is {pairwise!r}; it must be true or false")
+    parser = ArgumentParser(exit_on_error=False)
+    kind = PairwiseJudgeReward if pairwise else JudgeReward
+    # An evaluation has one judge, and its grades are reported as they are.
+    parser.add_class_arguments(kind, "judge", skip=_FIXED & inspect.signature(kind).parameters.keys())
+    try:
+        made: JudgeReward | PairwiseJudgeReward = parser.instantiate_classes(
+            parser.parse_object({"judge": settings})
+        ).judge
+    except (ArgumentError, ConfigError) as error:
+        raise ConfigError(f"--judge: {path}: {first_line(error)}") from None
+    return made
 
 
 def _finite(found: "Figures") -> "Figures":
@@ -145,6 +194,13 @@ def _parse(args: list[str]) -> argparse.Namespace:
         default=[],
         metavar="FUNCTION",
         help="dotted path of a reward function, as in FunctionReward; may be repeated",
+    )
+    parser.add_argument(
+        "--judge",
+        type=Path,
+        metavar="FILE",
+        help="YAML file about a judge behind an endpoint (docs/judges.md), whose grades are a reward"
+        + ("" if best else "; with pairwise: true, it compares the policy with the baseline"),
     )
     add_overwrite(parser)
     parser.add_argument("--scorer", metavar="CLASS", help=SCORER_HELP)
@@ -206,6 +262,6 @@ def _cell(found: "Figures", key: str) -> str:
         return "–"
     if key == "reward":
         return f"{found[key]:.3f} ± {found['reward_half_interval']:.3f}"
-    if key == "win_rate":
-        return f"{found[key]:.3f} ({found['win_rate_low']:.3f}–{found['win_rate_high']:.3f})"
+    if key.endswith("win_rate"):
+        return f"{found[key]:.3f} ({found[f'{key}_low']:.3f}–{found[f'{key}_high']:.3f})"
     return f"{found[key]:.3f}"

@@ -9,7 +9,8 @@ from rlhf_lightning.environments.base import imported
 from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.evaluation.text_metrics import ReferenceAnswer, nearness, perplexity
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
-from rlhf_lightning.rewards import FunctionReward, ModelReward, Reward, RewardTerm, total_rewards
+from rlhf_lightning.rewards import FunctionReward, ModelReward, PairwiseJudgeReward, Reward, RewardTerm, total_rewards
+from rlhf_lightning.rewards.judge import PairwiseJudgeScores
 from rlhf_lightning.types import Episode, Message
 
 Figures = dict[str, float | None]
@@ -124,6 +125,45 @@ def wins(ours: Sequence[Sequence[Episode]], theirs: Sequence[Sequence[Episode]])
     return {"win_rate": rate, "win_rate_low": low, "win_rate_high": high}
 
 
+def judged_wins(
+    judge: PairwiseJudgeScores, ours: Sequence[Sequence[Episode]], theirs: Sequence[Sequence[Episode]]
+) -> Figures:
+    """Fraction of the pairs in which a judge prefers the first policy's response, with its 95% interval.
+
+    Each response is compared in both orders with the other policy's response of the same number. Ties count half. The
+    interval treats prompts, not responses, as independent.
+
+    Args:
+        judge: Judges pairs.
+        ours: Episodes of the first policy for each prompt.
+        theirs: Episodes of the second policy for each prompt.
+
+    Returns:
+        The rate, the judge's mean preference for a position (0 to 1), and the fraction of pairs without a verdict. The
+        first two are None if no pair has one.
+    """
+    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+    verdicts = judge.verdicts(pairs)
+    by_prompt: dict[int, list[float]] = {}
+    for (a, _), verdict in zip(pairs, verdicts, strict=True):
+        if verdict is not None:
+            by_prompt.setdefault(a.group, []).append(0.5 + (verdict[0] - verdict[1]) / 4)
+    found = [verdict for verdict in verdicts if verdict is not None]
+    failed: Figures = {"judge_failed": 1 - len(found) / len(verdicts)}
+    if not found:
+        return {"judge_win_rate": None, "judge_order_bias": None, **failed}
+    rate = sum(sum(wins) / len(wins) for wins in by_prompt.values()) / len(by_prompt)
+    low, high = wilson(rate, len(by_prompt))
+    bias = sum(abs(forward + backward) / 2 for forward, backward in found) / len(found)
+    return {
+        "judge_win_rate": rate,
+        "judge_win_rate_low": low,
+        "judge_win_rate_high": high,
+        "judge_order_bias": bias,
+        **failed,
+    }
+
+
 def compare(
     policy: Policy,
     baseline: Policy | None,
@@ -131,6 +171,7 @@ def compare(
     sampling: SamplingOptions,
     best_of: int = 0,
     references: Sequence[Sequence[ReferenceAnswer]] = (),
+    judge: PairwiseJudgeReward | None = None,
 ) -> tuple[dict[str, Figures], list[dict[str, list[Message] | list[ScoredAnswer]]]]:
     """Compare a policy with a baseline on the same prompts.
 
@@ -141,6 +182,7 @@ def compare(
         sampling: How responses are sampled and rewarded.
         best_of: If above 1, best-of-N sampling from the baseline is compared too.
         references: Good answers to each prompt; the list of a prompt may be empty.
+        judge: Compares the policy's responses with the baseline's, if there is one.
 
     Returns:
         Metrics of `policy`, `baseline` and `best_of_N`, and a row per prompt. `kl` is the mean of log π − log
@@ -148,6 +190,10 @@ def compare(
         Without rewards there is no reward and no win rate; without references there is no perplexity, BLEU or ROUGE.
     """
     rewarded = bool(sampling.rewards)
+    # Before anything is sampled: a missing key or column is refused here.
+    comparison = None if judge is None else judge.build(policy.renderer)
+    if judge is not None:
+        judge.check(prompts)
     answers = {"policy": sampling.sample(policy, prompts)}
     found: dict[str, Figures] = {"policy": _measured(policy, prompts, answers["policy"], references, rewarded)}
     if baseline is not None:
@@ -157,6 +203,8 @@ def compare(
         found["policy"]["kl"] = _kl(policy, baseline, answers["policy"], sampling.temperature)
         if rewarded:
             found["policy"] |= wins(answers["policy"], theirs)
+        if comparison is not None:
+            found["policy"] |= judged_wins(comparison, answers["policy"], theirs)
         if best_of > 1:
             best = [[max(group, key=_reward)] for group in sampling.sample(baseline, asked, best_of)]
             found[f"best_of_{best_of}"] = {**figures(best), **wins(best, theirs), "kl": best_of_kl(best_of)}

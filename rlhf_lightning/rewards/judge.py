@@ -250,7 +250,8 @@ class PairwiseJudgeScores:
         """Judge pairs in both orders.
 
         Args:
-            pairs: Pairs of responses to the same prompt. Equal texts are a tie without a question.
+            pairs: Pairs of responses to the same prompt, each with a value in the columns that the judge is shown. Equal
+                texts are a tie without a question.
 
         Returns:
             For each pair, two numbers from −1 to 1: how much better a is judged in the order (a, b), and b in (b, a);
