@@ -68,9 +68,7 @@ def run(args: list[str]) -> int:
             "without a baseline, remove pairwise: true from its file"
         )
     if not rewards and (best or options.best_of > 1):
-        raise ConfigError(
-            "no reward: give a reward model with --reward, a function with --gold, or a judge with --judge"
-        )
+        raise ConfigError("no reward: give a reward model with --reward, a function with --gold, or a --judge")
     if best and options.temperature == 0:
         raise ConfigError("--temperature is 0, so all responses to a prompt would be the same; set it above 0")
     sampling = SamplingOptions(

@@ -140,16 +140,21 @@ def judged_wins(
 
     Returns:
         The rate, the judge's mean preference for a position (0 to 1), and the fraction of pairs without a verdict. The
-        first two are None if no pair has one.
+        first two are None if no pair has one. Pairs without a column that the judge is shown do not count.
     """
-    pairs = [pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a, b, strict=True)]
+    pairs = [
+        (a, b)
+        for left, right in zip(ours, theirs, strict=True)
+        for a, b in zip(left, right, strict=True)
+        if judge.comparable(a) and judge.comparable(b)
+    ]
     verdicts = judge.verdicts(pairs)
     by_prompt: dict[int, list[float]] = {}
     for (a, _), verdict in zip(pairs, verdicts, strict=True):
         if verdict is not None:
             by_prompt.setdefault(a.group, []).append(0.5 + (verdict[0] - verdict[1]) / 4)
     found = [verdict for verdict in verdicts if verdict is not None]
-    failed: Figures = {"judge_failed": 1 - len(found) / len(verdicts)}
+    failed: Figures = {"judge_failed": 1 - len(found) / len(verdicts) if verdicts else None}
     if not found:
         return {"judge_win_rate": None, "judge_order_bias": None, **failed}
     rate = sum(sum(wins) / len(wins) for wins in by_prompt.values()) / len(by_prompt)

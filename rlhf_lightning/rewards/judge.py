@@ -235,7 +235,7 @@ class PairwiseJudgeScores:
     def score(self, episodes: Sequence[Episode]) -> Sequence[float | None]:
         """See `Reward.score`; None for an episode that is compared with no other."""
         name = self.reward.name
-        pairs = pairs_in_groups([episode for episode in episodes if applies(episode, self.reward.columns)])
+        pairs = pairs_in_groups([episode for episode in episodes if self.comparable(episode)])
         verdicts = self.verdicts(pairs)
         failed: dict[int, list[float]] = {}
         for pair, verdict in zip(pairs, verdicts, strict=True):
@@ -246,12 +246,15 @@ class PairwiseJudgeScores:
                 episode.details[f"{name}_failed"] = statistics.fmean(failed[id(episode)])
         return win_margins(name, episodes, pairs, verdicts)
 
+    def comparable(self, episode: Episode) -> bool:
+        """True if an episode has a response and the columns that the judge is shown."""
+        return applies(episode, self.reward.columns)
+
     def verdicts(self, pairs: Sequence[tuple[Episode, Episode]]) -> list[tuple[float, float] | None]:
         """Judge pairs in both orders.
 
         Args:
-            pairs: Pairs of responses to the same prompt, each with a value in the columns that the judge is shown. Equal
-                texts are a tie without a question.
+            pairs: Pairs of comparable responses to the same prompt. Equal texts are a tie without a question.
 
         Returns:
             For each pair, two numbers from −1 to 1: how much better a is judged in the order (a, b), and b in (b, a);

@@ -61,6 +61,9 @@ class Verdicts(PairwiseJudgeScores):
     def __init__(self, *given: tuple[float, float] | None) -> None:
         self.given = list(given)
 
+    def comparable(self, episode: Episode) -> bool:
+        return "left out" not in episode.row
+
     def verdicts(self, pairs: Any) -> list[tuple[float, float] | None]:
         assert len(pairs) == len(self.given)
         return self.given
@@ -68,6 +71,7 @@ class Verdicts(PairwiseJudgeScores):
 
 def test_win_rate_of_given_verdicts() -> None:
     groups = [[Episode([], {}, group) for _ in range(2)] for group in range(2)]
+    groups[1].append(Episode([], {"left out": 1}, 1))
     found = judged_wins(Verdicts((1.0, -1.0), (1.0, 1.0), (-1.0, 1.0), None), groups, groups)
     # The first prompt: a win, and a draw by position; the second: a loss, and a pair without a verdict.
     assert found["judge_win_rate"] == pytest.approx((0.75 + 0.0) / 2)
@@ -82,6 +86,9 @@ def test_the_file_of_a_judge(tmp_path: Path) -> None:
     assert isinstance(made, JudgeReward)
     assert isinstance(made.judge, Judge)
     assert (made.minimum, made.columns, made.on_failure, made.judge.votes) == (0, ["answer"], "skip", 1)
+    example = read_judge(Path(__file__).parents[2] / "examples" / "judge.yaml")
+    assert isinstance(example, PairwiseJudgeReward)
+    assert example.judge.max_calls == 2000
     made_pairs = read_judge(Path(written(tmp_path / "judge.yaml", pairwise=True)))
     assert isinstance(made_pairs, PairwiseJudgeReward)
 
@@ -104,5 +111,5 @@ def test_mistakes_in_the_file(settings: dict[str, Any], message: str, tmp_path: 
     with pytest.raises(ConfigError, match=message) as caught:
         read_judge(Path(written(tmp_path / "judge.yaml", **settings)))
     assert str(caught.value).startswith(f"--judge: {tmp_path / 'judge.yaml'}: ")
-    with pytest.raises(ConfigError, match="--judge: .*no such file"):
+    with pytest.raises(ConfigError, match=r"--judge: .*no such file"):
         read_judge(tmp_path / "none.yaml")
