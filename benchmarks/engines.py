@@ -116,10 +116,10 @@ def canary(folder: str, dtype: str) -> dict[str, Any]:
     return {"bound": bound, "effect": effect, "tokens": len(ours), "scales": found, "digest_noticed": digests}
 
 
-def short_words(response: str) -> float:
+def short_words(completions: list[str]) -> list[float]:
     """1 minus the mean length of words over 10: a reward that a few rounds of training raise."""
-    words = response.split()
-    return 1 - sum(map(len, words)) / len(words) / 10 if words else 0.0
+    words = [text.split() for text in completions]
+    return [1 - sum(map(len, one)) / len(one) / 10 if one else 0.0 for one in words]
 
 
 def curve(folder: str, engine: str, seed: int, rounds: int) -> dict[str, Any]:
