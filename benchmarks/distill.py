@@ -168,7 +168,7 @@ def page() -> str:
 def main() -> None:
     """Run, store the result, and write the table into the page."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=30, help="optimizer steps of each training")
+    parser.add_argument("--steps", type=int, default=28, help="optimizer steps of each training")
     steps = parser.parse_args().steps
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     with TemporaryDirectory() as root:
