@@ -8,8 +8,9 @@ from torch.autograd.function import once_differentiable
 
 from rlhf_lightning.models.precision import rounded_factors
 
-SHORT = 320
-"""Number of keys up to which this is faster: twice at 170 keys and equal at 512 (AMD EPYC, AVX512-BF16)."""
+SHORT = 512
+"""Number of keys up to which this is used: forward and backward are 2.6 times as fast at 170 tokens, 1.6 times at 512
+(`benchmarks/cpu.py` on an AMD EPYC with AVX512-BF16)."""
 
 
 class ShortAttentionFunction(torch.autograd.Function):
