@@ -1,13 +1,13 @@
 """`rlhf evaluate POLICY [BASELINE] PROMPTS` and `rlhf best-of POLICY PROMPTS`."""
 
 import argparse
-import inspect
 import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli import task
+from rlhf_lightning.cli.judge_file import read_judge
 from rlhf_lightning.cli.options import Parser, add_overwrite, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags
 from rlhf_lightning.cli.task import is_task
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from rlhf_lightning.data.prompts import Prompt
     from rlhf_lightning.evaluation.compare import Figures, SamplingOptions
     from rlhf_lightning.evaluation.policy import Policy
-    from rlhf_lightning.rewards import JudgeReward, PairwiseJudgeReward
 
 COLUMNS = {
     "reward": "reward",
@@ -35,9 +34,6 @@ COLUMNS = {
     "response_tokens": "tokens",
     "truncated": "truncated",
 }
-
-_FIXED = {"weight", "name", "normalize", "clip"}
-"""Arguments of a judge that its file does not have, because an evaluation reports its grades as they are."""
 
 
 def run(args: list[str]) -> int:
@@ -119,35 +115,6 @@ def _evaluate(
         say(baseline.asking.describe())
     summary, rows = compare(policy, baseline, prompts, sampling, options.best_of, references, options.judge)
     return summary, [as_json(row) for row in rows], sum(map(bool, references))
-
-
-def read_judge(path: Path) -> "JudgeReward | PairwiseJudgeReward":
-    """Read a file with the arguments of `JudgeReward`, or with `pairwise: true` those of `PairwiseJudgeReward`.
-
-    Raises:
-        ConfigError: If the file cannot be read, or an argument is unknown or unsuitable.
-    """
-    from jsonargparse import ArgumentError, ArgumentParser
-
-    from rlhf_lightning.errors import ConfigError, first_line
-    from rlhf_lightning.rewards import JudgeReward, PairwiseJudgeReward
-    from rlhf_lightning.yaml_files import read_mapping
-
-    settings = read_mapping(path, "--judge: ")
-    pairwise = settings.pop("pairwise", False)
-    if not isinstance(pairwise, bool):
-        raise ConfigError(f"--judge: {path}: pairwise is {pairwise!r}; it must be true or false")
-    parser = ArgumentParser(exit_on_error=False)
-    kind = PairwiseJudgeReward if pairwise else JudgeReward
-    # An evaluation has one judge, and its grades are reported as they are.
-    parser.add_class_arguments(kind, "judge", skip=_FIXED & inspect.signature(kind).parameters.keys())
-    try:
-        made: JudgeReward | PairwiseJudgeReward = parser.instantiate_classes(
-            parser.parse_object({"judge": settings})
-        ).judge
-    except (ArgumentError, ConfigError) as error:
-        raise ConfigError(f"--judge: {path}: {first_line(error)}") from None
-    return made
 
 
 def _finite(found: "Figures") -> "Figures":

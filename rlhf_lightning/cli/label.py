@@ -4,7 +4,7 @@ import argparse
 import os
 import secrets
 import socket
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,9 @@ def run(args: list[str]) -> int:
     if options.report:
         _report(options.report, options.json)
         return 0
+    if options.judge:
+        _judge(options)
+        return 0
     _check(options)
     try:
         from rlhf_lightning.labeling import server
@@ -52,17 +55,17 @@ def run(args: list[str]) -> int:
 
     assignment = _assignment(options)
     access = _access(options, server.is_local(options.host))
-    with ExitStack() as closing:
-        place = closing.enter_context(server.bound(options.host, options.port))
+    with ExitStack() as opened:
+        place = opened.enter_context(server.bound(options.host, options.port))
         models = _models(options)
         ensemble = _ensemble(options)
         store = LabelStore(options.out, _settings(options, models), options.ties)
-        closing.callback(store.close)
+        opened.callback(store.close)
         queue = LabelQueue(store, assignment)
         sampler = _fill(options, queue, models, ensemble)
         pages = server.LabelServer(queue, access)
         if sampler is not None:
-            closing.callback(sampler.stop)
+            opened.callback(sampler.stop)
             pages = server.LabelServer(queue, access, lambda: sampler.is_running, lambda: sampler.failed)
         _greet(server.address_of(place), options.host, access)
         with suppress(KeyboardInterrupt):  # this is how labeling ends
@@ -74,6 +77,33 @@ def run(args: list[str]) -> int:
     return 0
 
 
+def _judge(options: argparse.Namespace) -> None:
+    """Let a judge decide the comparisons of a session, or of given answers, and print the report."""
+    from rlhf_lightning.cli.judge_file import read_judge
+    from rlhf_lightning.labeling.comparisons import given_comparisons
+    from rlhf_lightning.labeling.judge import label_by_judge
+    from rlhf_lightning.labeling.store import LabelStore, session_settings
+    from rlhf_lightning.rewards import PairwiseJudgeReward
+
+    if options.model:
+        raise ConfigError(
+            "--judge decides about given answers or those of an earlier session; sample the answers with rlhf generate "
+            "--json, and name that file with --responses instead of --model"
+        )
+    _check_out(options)
+    judge = read_judge(options.judge)
+    if not isinstance(judge, PairwiseJudgeReward):
+        raise ConfigError(f"--judge: {options.judge}: two answers are compared; add pairwise: true")
+    known = session_settings(options.out)
+    if known is None and not options.responses:
+        raise ConfigError(f"{options.out} has no session yet; give the answers to compare with --responses")
+    settings = _settings(options, []) if options.responses or known is None else known
+    with closing(LabelStore(options.out, settings, options.ties)) as store:
+        store.add(given_comparisons(options.responses, options.limit) if options.responses else [])
+        say(f"the annotator is called {label_by_judge(store, _assignment(options), judge)!r}")
+    _report(options.out, options.json)
+
+
 def _check(options: argparse.Namespace) -> None:
     if bool(options.model) == bool(options.responses):
         raise ConfigError("give either a model that answers, with --model, or given answers, with --responses")
@@ -81,15 +111,19 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--model needs the prompts that it answers: --prompts FILE")
     if options.responses and (options.prompts or options.and_):
         raise ConfigError("--prompts and --and are for answers of a model; --responses has both prompts and answers")
-    if options.out is None:
-        raise ConfigError("give the file of pairs to write: --out pairs.jsonl")
-    if options.out.suffix != ".jsonl":
-        raise ConfigError(f"--out {options.out}: the file has JSON lines, so its name must end with .jsonl")
+    _check_out(options)
     if options.reward and options.pick != "uncertain":
         raise ConfigError("--reward gives the ensemble of --pick uncertain; add that flag")
     check_whole("--ahead", options.ahead)
     check_whole("--port", options.port, 0, 65535)
     check_options(options)
+
+
+def _check_out(options: argparse.Namespace) -> None:
+    if options.out is None:
+        raise ConfigError("give the file of pairs to write: --out pairs.jsonl")
+    if options.out.suffix != ".jsonl":
+        raise ConfigError(f"--out {options.out}: the file has JSON lines, so its name must end with .jsonl")
 
 
 def _assignment(options: argparse.Namespace) -> "Assignment":
@@ -300,6 +334,13 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     people.add_argument(
         "--reward", action="append", default=[], metavar="MODEL", help="preference model of the ensemble; repeat it"
+    )
+    people.add_argument(
+        "--judge",
+        type=Path,
+        metavar="FILE",
+        help="no page: let a judge behind an endpoint decide all comparisons of --responses, or of the session of "
+        "--out; YAML file with pairwise: true (docs/judges.md)",
     )
     page = parser.add_argument_group("page")
     page.add_argument(

@@ -263,6 +263,13 @@ def session_folder(out: Path) -> Path:
     return out.with_name(f"{out.stem}.labeling")
 
 
+def session_settings(out: Path) -> Mapping[str, JSON] | None:
+    """The settings of the session that writes a file of pairs; None if there is no such session."""
+    path = session_folder(out) / "session.json"
+    settings = read_record(path).get("settings") if path.exists() else None
+    return settings if isinstance(settings, dict) else None
+
+
 def read_session(folder: Path) -> tuple[dict[str, Comparison], Decisions]:
     """The comparisons of a session by id, and its decisions.
 

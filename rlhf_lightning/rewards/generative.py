@@ -240,10 +240,10 @@ def applies(episode: Episode, columns: Sequence[str]) -> bool:
 def transcript_before(episode: Episode) -> str:
     """The conversation before the policy's last message, as text."""
     last = max(i for i, message in enumerate(episode.responses) if message["role"] == "assistant")
-    return _transcript([*episode.prompt, *episode.responses[:last]])
+    return transcript([*episode.prompt, *episode.responses[:last]])
 
 
-def _transcript(messages: Sequence[Message]) -> str:
+def transcript(messages: Sequence[Message]) -> str:
     """Messages as text: the content of a single message, or a paragraph with the role for each of several."""
     if len(messages) == 1:
         return messages[0]["content"] or ""

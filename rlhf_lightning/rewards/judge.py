@@ -12,7 +12,7 @@ from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, UserError, check_whole
 from rlhf_lightning.rewards.base import EpisodeScorer, Reward
-from rlhf_lightning.rewards.generative import FAILURES, applies, check_columns, transcript_before
+from rlhf_lightning.rewards.generative import FAILURES, applies, check_columns, transcript, transcript_before
 from rlhf_lightning.rewards.judge_client import Judge, JudgeClient, Question, Vote
 from rlhf_lightning.rewards.normalization import Normalizer
 from rlhf_lightning.rewards.pairwise import pairs_in_groups, win_margins
@@ -263,8 +263,8 @@ class PairwiseJudgeScores:
         Raises:
             UserError: If `on_failure` is `fail` and a verdict is missing; see also `JudgeClient.ask`.
         """
-        text = self.reward.text
-        different = [(a, b) for a, b in pairs if text(a) != text(b)]
+        texts = {id(episode): self._answer(episode) for pair in pairs for episode in pair}
+        different = [(a, b) for a, b in pairs if texts[id(a)] != texts[id(b)]]
         orders = [order for a, b in different for order in ((a, b), (b, a))]
         votes = self.client.ask([self._question(a, b) for a, b in orders])
         labels = [f"{a.label} against {b.label}" for a, b in orders]
@@ -273,18 +273,26 @@ class PairwiseJudgeScores:
         found = iter(zip(means[::2], means[1::2], strict=True))
         verdicts: list[tuple[float, float] | None] = []
         for a, b in pairs:
-            forward, backward = next(found) if text(a) != text(b) else (0.0, 0.0)
+            forward, backward = next(found) if texts[id(a)] != texts[id(b)] else (0.0, 0.0)
             verdicts.append(None if forward is None or backward is None else (forward, backward))
         return verdicts
+
+    def _answer(self, episode: Episode) -> str:
+        """The policy's last message, after its earlier turns with the environment's replies if there are any."""
+        last = max(i for i, message in enumerate(episode.responses) if message["role"] == "assistant")
+        text = self.reward.text(episode)
+        if not last:
+            return text
+        return transcript([*episode.responses[:last], {"role": "assistant", "content": text}])
 
     def _question(self, a: Episode, b: Episode) -> Question:
         reward = self.reward
         answer = '{"reason": "one or two sentences", "better": "first", "second" or "tie"}.'
         texts = {
-            "prompt": transcript_before(a),
+            "prompt": transcript(a.prompt),
             **{f"column {column}": str(a.row[column]) for column in reward.columns},
-            "first response": reward.text(a),
-            "second response": reward.text(b),
+            "first response": self._answer(a),
+            "second response": self._answer(b),
         }
         return Question(
             SYSTEM.format(task=COMPARE, rubric=reward.rubric, answer=answer),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.cli import mistake, rlhf, rlhf_in_process
+from tests.helpers.judge_server import Asked, serving
 from tests.helpers.labels import Client
 from tests.helpers.rows import prompts, write_rows
 from tests.helpers.runs import Run
@@ -186,3 +187,63 @@ def test_report_for_people(answers: str, tmp_path: Path, capsys: pytest.CaptureF
     text = capsys.readouterr().out
     for words in ("12 comparisons, 3 pairs", "position bias", "Krippendorff's alpha", "a over b"):
         assert words in text
+
+
+# -- a judge ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_judge_decides_beside_people(answers: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openai")
+
+    def longer(asked: Asked) -> str:
+        text = asked["messages"][1]["content"]
+        found = re.findall(r"BEGIN \w+ response \w+\n(.*?)\nEND", text, re.DOTALL)
+        if "Count 3\n" in text:
+            return json.dumps({"reason": "", "better": "first"})
+        return "no" if "Count 5\n" in text else json.dumps({"reason": "", "better": _position(found)})
+
+    out = tmp_path / "pairs.jsonl"
+    with serving(longer) as server:
+        judge = {"url": server.url, "model": "judge-1", "key_variable": ""}
+        file = tmp_path / "judge.yaml"
+        file.write_text(json.dumps({"judge": judge, "rubric": "Long.", "pairwise": True, "on_failure": "skip"}))
+        command = ["label", "--out", str(out), "--judge", str(file), "--json"]
+        assert "has no session yet" in mistake(command, capsys)
+        rlhf_in_process(*command, "--responses", answers)
+        report = json.loads(capsys.readouterr().out)
+        assert len(server.requests) == 24
+        (name,) = report["annotators"]
+        assert name.startswith("judge judge-1 ")
+        made = rows(out)
+        assert len(made) == 10, "a tie by position and a skip"
+        for row in made:
+            assert row["chosen"] == [{"role": "assistant", "content": "one two"}]
+            assert row["annotator"] == name
+        choices = [row["choice"] for row in rows(tmp_path / "pairs.labeling" / "decisions.jsonl")]
+        assert (choices.count("tie"), choices.count("skip")) == (1, 1)
+        assert {"A", "B"} <= set(choices), "the order is random"
+        # The same again asks nothing; another rubric is another annotator, who agrees.
+        rlhf_in_process(*command)
+        assert len(server.requests) == 24
+        file.write_text(file.read_text().replace("Long.", "Longer."))
+        capsys.readouterr()
+        rlhf_in_process(*command)
+        report = json.loads(capsys.readouterr().out)
+        assert len(report["annotators"]) == 2
+        assert report["agreement"][0]["cohen_kappa"] == 1.0
+        assert "add pairwise: true" in mistake(
+            [*command[:4], str(_without(file, "pairwise")), "--responses", answers], capsys
+        )
+        assert "sample the answers with rlhf generate" in mistake([*command, "--model", "m"], capsys)
+
+
+def _position(texts: list[str]) -> str:
+    return "first" if len(texts[0]) > len(texts[1]) else "second"
+
+
+def _without(file: Path, name: str) -> Path:
+    settings = json.loads(file.read_text())
+    del settings[name]
+    other = file.with_name("other.yaml")
+    other.write_text(json.dumps(settings))
+    return other

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlhf_lightning.cli.evaluate import read_judge
+from rlhf_lightning.cli.judge_file import read_judge
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.evaluation.compare import judged_wins
 from rlhf_lightning.rewards import Judge, JudgeReward, PairwiseJudgeReward

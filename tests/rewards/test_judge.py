@@ -389,6 +389,19 @@ def test_pairs_are_judged_in_both_orders() -> None:
         assert len(server.requests) == 8, "equal texts need no judge"
 
 
+def test_turns_of_an_episode_are_part_of_its_response() -> None:
+    episodes = [said("same"), said("same")]
+    for episode, first in zip(episodes, ("one", "three"), strict=True):
+        episode.responses[:0] = [{"role": "assistant", "content": first}, {"role": "user", "content": "go on"}]
+    with serving(compared) as server:
+        assert terms(PairwiseJudgeReward(judge(server.url)))[0].score(episodes) == [-1.0, 1.0]
+    texts = [user(asked) for asked in server.requests]
+    assert any(
+        "response" in text and "assistant: one\n\nuser: go on\n\nassistant: same\nEND first" in text for text in texts
+    )
+    assert all("How are you?\nEND prompt" in text for text in texts)
+
+
 def test_pairs_without_a_verdict() -> None:
     with serving(lambda asked: "no" if "bad" in user(asked) else compared(asked)) as server:
         (term,) = terms(PairwiseJudgeReward(judge(server.url), on_failure="skip"))
