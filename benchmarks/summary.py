@@ -100,6 +100,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "README.md": {
         "summary": table,
         "steps": lambda: step.table(read("step-5m")),
+        "low precision": lambda: step.table(read("step-5m-bf16")),
         "sizes": along,
     },
     ROOT / "benchmarks" / "scale" / "README.md": {"growth": lambda: growth.table(read("scale")["growth"])},
