@@ -84,6 +84,7 @@ def terms(shape: Shape) -> list[float]:
         shape.kv_heads * shape.head_dim,
         shape.intermediate,
         shape.heads,
+        shape.heads / shape.kv_heads,  # the bias of attention over short rows in bfloat16
         1,
     ]
     return [*(shape.layers * size for size in wide), shape.hidden, shape.head_dim]

@@ -1,7 +1,7 @@
 """`--trainer.precision auto`: accepted by the parser, and replaced by a measured choice before the Trainer is made."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -29,19 +29,19 @@ def accept_auto(parser: LightningArgumentParser) -> None:
     action.help = f"{action.help} auto: bf16-mixed where this machine computes faster in it, else 32-true."
 
 
-def choose_precision(config: Namespace, before: Mapping[str, JSON]) -> None:
+def choose_precision(config: Namespace, before: Callable[[], Mapping[str, JSON]]) -> None:
     """Replace `trainer.precision: auto` by the precision of the run in the folder, or by a measured one.
 
     Args:
         config: Settings of the command; changed in place.
-        before: Flat settings of the run in the folder; empty if there is none or it is discarded.
+        before: Returns the flat settings of the run in the folder; empty if there is none or it is discarded.
 
     Raises:
         ConfigError: If several processes would each measure.
     """
     if config.trainer.precision != AUTO:
         return
-    saved = before.get("trainer.precision")
+    saved = before().get("trainer.precision")
     if isinstance(saved, str) and saved != AUTO:
         config.trainer.precision = saved
         return

@@ -245,9 +245,9 @@ class StageCLI(LightningCLI):
             raise ConfigError(f"trainer.default_root_dir {self.root}: cannot be created ({error.strerror})") from None
         if self.subcommand == "fit":
             check_trained(config)
-        choose_precision(config, {} if config.get("fresh") else self._before())
-        if self.subcommand == "fit":
             self._claim(config)
+        choose_precision(config, lambda: {} if config.get("fresh") else self._before())
+        if self.subcommand == "fit":
             self._continue_or_stop(config)
         setup_logging(config.log_level, Path(config.log_file or self.root / "logs" / "run.log"))
         if self.subcommand != "fit":

@@ -48,7 +48,7 @@ def test_choice_is_printed_saved_and_kept_on_resume(
 def test_without_auto_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "measure_precision", unmeasured)
     config = Namespace(trainer=Namespace(precision=None))
-    choose_precision(config, {})
+    choose_precision(config, dict)
     assert config.trainer.precision is None
 
 
@@ -60,9 +60,9 @@ def test_ranks_of_lightning_get_the_choice_and_those_of_a_launcher_are_refused(m
         monkeypatch.setenv("LOCAL_RANK", rank)
         config = Namespace(trainer=Namespace(precision="auto", accelerator="cpu"))
         with pytest.raises(ConfigError, match="a launcher started several"):
-            choose_precision(config, {})
+            choose_precision(config, dict)
     monkeypatch.setenv(precision.CHOSEN, "bf16-mixed")
-    choose_precision(config, {})
+    choose_precision(config, dict)
     assert config.trainer.precision == "bf16-mixed"
 
 

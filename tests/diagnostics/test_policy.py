@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from statistics import correlation
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -282,6 +283,15 @@ def healthy_run(seed: int, rounds: int = 300) -> dict[str, list[float]]:
     }
 
 
+def stand_in(samples_rollouts: bool) -> Any:
+    """What the checks ask of a module, in float32."""
+    facts = {"samples_rollouts": samples_rollouts, "max_staleness": 0, "rewarded": True}
+    model = torch.nn.Linear(1, 1)
+    return SimpleNamespace(
+        **facts, model=model, parameters=model.parameters, trainer=SimpleNamespace(precision="32-true")
+    )
+
+
 class Rounds:
     """Feeds recorded curves to a callback as a Trainer would."""
 
@@ -290,7 +300,7 @@ class Rounds:
         self.fast_dev_run = False
 
     def play(self, callback: Diagnostics, values: dict[str, list[float]], first: int = 0) -> list[tuple[int, str]]:
-        module: Any = type("Module", (), {"samples_rollouts": True, "max_staleness": 0})()
+        module = stand_in(samples_rollouts=True)
         self.global_step = first
         callback.on_train_start(self, module)  # type: ignore[arg-type]
         for i in range(first, len(next(iter(values.values())))):
@@ -411,7 +421,7 @@ def test_checks_can_be_replaced_disabled_and_added(tmp_path: Path) -> None:
 
 def test_checks_of_on_policy_samples_skip_recorded_episodes(tmp_path: Path) -> None:
     callback, run = Diagnostics(), Rounds(tmp_path)
-    module: Any = type("Module", (), {"samples_rollouts": False, "max_staleness": 0})()
+    module = stand_in(samples_rollouts=False)
     callback.on_train_start(run, module)  # type: ignore[arg-type]
     for _ in range(6):
         callback.curves.record({"logprob_gap": 0.5, "kl": -3.0}, callback.watched)
