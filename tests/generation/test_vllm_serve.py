@@ -10,20 +10,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.policy_weights import PolicyWeights
-from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.generation.vllm_server import Server, VLLMServer
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA
-from rlhf_lightning.rewards import FunctionReward
 from tests.helpers.models import save_small_model
-from tests.helpers.modules import vowels
-from tests.helpers.rows import prompts
-from tests.helpers.training import sgd, trainer
 from tests.helpers.vllm_serve import VLLMServe
+from tests.helpers.vllm_server import train_with_server
 
 pytestmark = [
     pytest.mark.vllm,
@@ -94,17 +89,7 @@ def test_server_that_is_killed_in_mid_round(
         return sample(self, prompt, params, seed, weights)
 
     monkeypatch.setattr(Server, "sample", kill)
-    module = PolicyRLModule(
-        str(folder),
-        lora=LoRA(rank=4),
-        rewards=[FunctionReward(vowels)],
-        sampler=Sampler(max_tokens=6, engine=VLLMServer(server.url, str(tmp_path / "weights"), "float32")),
-        optimizer=sgd(1.0),
-    )
-    gaps: list[float] = []
-    module.on_train_batch_end = lambda *_: gaps.append(float(fit.callback_metrics["train/logprob_gap"]))
-    fit = trainer(tmp_path)
-    fit.fit(module, PromptDataModule(prompts(6), prompts_per_round=2, group_size=3, seed=1))
+    gaps = train_with_server(str(folder), server.url, tmp_path)
     assert len(gaps) == 3
     assert max(gaps) < EXACT
     assert killed.locked()

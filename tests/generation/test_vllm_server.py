@@ -31,7 +31,7 @@ from tests.helpers.resume import config, result
 from tests.helpers.rows import prompts
 from tests.helpers.runs import Run
 from tests.helpers.training import sgd, trainer
-from tests.helpers.vllm_server import Answer, Drop, FakeServer
+from tests.helpers.vllm_server import Answer, Drop, FakeServer, train_with_server
 
 PROMPTS = [[5, 6, 7], [9, 10, 11, 12, 13], [40], [8, 8], [21, 22, 23]]
 SEEDS = [3, 1, 4, 1, 5]
@@ -464,17 +464,7 @@ def test_policy_rl_with_a_server_that_is_killed(
             raise Drop
 
     server.before = crash
-    module = PolicyRLModule(
-        base,
-        lora=LoRA(rank=4),
-        rewards=[FunctionReward(vowels)],
-        sampler=Sampler(max_tokens=6, engine=VLLMServer(server.url, str(tmp_path / "weights"), "float32")),
-        optimizer=sgd(1.0),
-    )
-    gaps: list[float] = []
-    module.on_train_batch_end = lambda *_: gaps.append(float(fit.callback_metrics["train/logprob_gap"]))
-    fit = trainer(tmp_path)
-    fit.fit(module, PromptDataModule(prompts(6), prompts_per_round=2, group_size=3, seed=1))
+    gaps = train_with_server(base, server.url, tmp_path)
     assert len(gaps) == 3
     assert max(gaps) < 1e-4
     assert restarted[0].requests[GENERATE] > 6

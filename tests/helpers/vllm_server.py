@@ -15,8 +15,16 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.generation.local_engine import LocalEngine
+from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams
+from rlhf_lightning.generation.vllm_server import VLLMServer
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.rewards import FunctionReward
+from tests.helpers.modules import vowels
+from tests.helpers.rows import prompts
+from tests.helpers.training import sgd, trainer
 
 
 class Drop(Exception):
@@ -208,3 +216,19 @@ class FakeServer:
 
 def _error(message: str) -> Any:
     return {"error": {"message": message, "type": "BadRequestError"}}
+
+
+def train_with_server(model: str, url: str, folder: Path) -> list[float]:
+    """Train an adapter in three rounds that a server samples, and return `train/logprob_gap` after each."""
+    module = PolicyRLModule(
+        model,
+        lora=LoRA(rank=4),
+        rewards=[FunctionReward(vowels)],
+        sampler=Sampler(max_tokens=6, engine=VLLMServer(url, str(folder / "weights"), "float32")),
+        optimizer=sgd(1.0),
+    )
+    gaps: list[float] = []
+    module.on_train_batch_end = lambda *_: gaps.append(float(fit.callback_metrics["train/logprob_gap"]))
+    fit = trainer(folder)
+    fit.fit(module, PromptDataModule(prompts(6), prompts_per_round=2, group_size=3, seed=1))
+    return gaps
