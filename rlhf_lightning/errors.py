@@ -76,6 +76,17 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def missing_package(error: ModuleNotFoundError, what: str, extra: str) -> ConfigError:
+    """The error about a package that is not installed.
+
+    Args:
+        error: The error of the import.
+        what: What needs the package.
+        extra: The extra that installs it.
+    """
+    return ConfigError(f"{what} needs the package {error.name}; install it with pip install 'rlhf-lightning[{extra}]'")
+
+
 def check_object(name: str, value: object, example: str) -> None:
     """Raise `ConfigError` if a name, a number or a class is given instead of an object.
 

@@ -24,7 +24,7 @@ ROOMS = [
     {"models"},
     {"pipeline", "environments"},
     {"report", "data"},
-    {"distributed", "gguf", "untrusted", "rank_watch", "run_folder", "yaml_files"},
+    {"distributed", "gguf", "untrusted", "rank_watch", "run_folder", "yaml_files", "web"},
     {"files", "objectives", "sys_exit"},
     {"errors", "settings", "types"},
 ]

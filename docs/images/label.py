@@ -15,8 +15,9 @@ from playwright.sync_api import sync_playwright
 
 from rlhf_lightning.labeling.comparisons import Candidate, Comparison, Question
 from rlhf_lightning.labeling.queue import Assignment, LabelQueue
-from rlhf_lightning.labeling.server import LabelServer, address_of, bound, web_server
+from rlhf_lightning.labeling.server import LabelServer
 from rlhf_lightning.labeling.store import LabelStore
+from rlhf_lightning.web import address_of, bound, web_server
 
 PROMPT = "How do I keep basil alive on a windowsill? Give me three tips."
 ANSWERS = (

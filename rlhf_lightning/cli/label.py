@@ -1,9 +1,6 @@
 """`rlhf label`: a web page on which people compare answers."""
 
 import argparse
-import os
-import secrets
-import socket
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +13,8 @@ from rlhf_lightning.cli.rendering_flags import (
     sampling_of,
     say,
 )
-from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.cli.web_flags import access_of, add_web_flags, check_port, reachable
+from rlhf_lightning.errors import ConfigError, check_whole, missing_package
 from rlhf_lightning.files import as_json, hash_model
 from rlhf_lightning.types import JSON
 
@@ -25,10 +23,10 @@ if TYPE_CHECKING:
     from rlhf_lightning.labeling.ensemble import Ensemble
     from rlhf_lightning.labeling.queue import Assignment, LabelQueue
     from rlhf_lightning.labeling.sampling import AnsweringModel, AnswerSampler
-    from rlhf_lightning.labeling.server import Access
+    from rlhf_lightning.web import Access
 
 TOKEN = "RLHF_LABEL_TOKEN"
-"""Environment variable with the token that annotators must give. A flag would be visible in the list of processes."""
+"""Environment variable with the token that annotators must give."""
 
 
 def run(args: list[str]) -> int:
@@ -45,31 +43,30 @@ def run(args: list[str]) -> int:
         return 0
     _check(options)
     try:
-        from rlhf_lightning.labeling import server
+        from rlhf_lightning import web
+        from rlhf_lightning.labeling.server import LabelServer
     except ModuleNotFoundError as error:
-        from rlhf_lightning.labeling.agreement import missing
-
-        raise ConfigError(missing(error)) from None
+        raise missing_package(error, "rlhf label", "label") from None
     from rlhf_lightning.labeling.queue import LabelQueue
     from rlhf_lightning.labeling.store import LabelStore
 
     assignment = _assignment(options)
-    access = _access(options, server.is_local(options.host))
+    access = access_of(options, TOKEN)
     with ExitStack() as opened:
-        place = opened.enter_context(server.bound(options.host, options.port))
+        place = opened.enter_context(web.bound(options.host, options.port))
         models = _models(options)
         ensemble = _ensemble(options)
         store = LabelStore(options.out, _settings(options, models), options.ties)
         opened.callback(store.close)
         queue = LabelQueue(store, assignment)
         sampler = _fill(options, queue, models, ensemble)
-        pages = server.LabelServer(queue, access)
+        pages = LabelServer(queue, access)
         if sampler is not None:
             opened.callback(sampler.stop)
-            pages = server.LabelServer(queue, access, lambda: sampler.is_running, lambda: sampler.failed)
-        _greet(server.address_of(place), options.host, access)
+            pages = LabelServer(queue, access, lambda: sampler.is_running, lambda: sampler.failed)
+        _greet(web.address_of(place), options.host, access)
         with suppress(KeyboardInterrupt):  # this is how labeling ends
-            server.web_server(pages.app()).run(sockets=[place])
+            web.web_server(pages.app()).run(sockets=[place])
         if sampler is not None and sampler.is_running:
             say("waiting for the answers that are being sampled")
     if any(store.decisions.values()):
@@ -115,7 +112,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.reward and options.pick != "uncertain":
         raise ConfigError("--reward gives the ensemble of --pick uncertain; add that flag")
     check_whole("--ahead", options.ahead)
-    check_whole("--port", options.port, 0, 65535)
+    check_port(options)
     check_options(options)
 
 
@@ -137,14 +134,6 @@ def _assignment(options: argparse.Namespace) -> "Assignment":
     return Assignment(
         options.overlap / 100, tuple(names), options.queue == "separate", options.pick == "uncertain", options.seed
     )
-
-
-def _access(options: argparse.Namespace, local: bool) -> "Access":
-    """Who may use the page: anyone on this machine; beyond it, whoever has the token."""
-    from rlhf_lightning.labeling.server import Access
-
-    token = os.environ.get(TOKEN) or (None if local else secrets.token_urlsafe(16))
-    return Access(token, (*options.allowed_host, *(() if local else (socket.gethostname(), options.host))))
 
 
 def _models(options: argparse.Namespace) -> "list[AnsweringModel]":
@@ -216,8 +205,7 @@ def _fill(
 
 
 def _greet(address: str, host: str, access: "Access") -> None:
-    if host in ("0.0.0.0", "::"):
-        address = address.replace(host if host != "::" else "[::]", socket.gethostname())
+    address = reachable(address, host)
     print(f"open {address}{f'#{access.token}' if access.token else ''} to compare answers; Ctrl-C ends", flush=True)
     if access.token:
         print(f"annotators need the token {access.token}", flush=True)
@@ -342,21 +330,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         help="no page: let a judge behind an endpoint decide all comparisons of --responses, or of the session of "
         "--out; YAML file with pairwise: true (docs/judges.md)",
     )
-    page = parser.add_argument_group("page")
-    page.add_argument(
-        "--host",
-        default="127.0.0.1",
-        help="address to serve on; beyond this machine, annotators need a token, which is printed, or taken from "
-        f"{TOKEN} (default: 127.0.0.1)",
-    )
-    page.add_argument("--port", type=int, default=8765, help="port to serve on, 0 for a free one (default: 8765)")
-    page.add_argument(
-        "--allowed_host",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="name under which browsers may open the page, for example of a proxy; may be repeated",
-    )
+    add_web_flags(parser, "page", 8765, "annotators", TOKEN)
     add_sampling_flags(parser)
     parser.add_argument("--limit", type=int, help="use only the first LIMIT prompts")
     parser.add_argument("--seed", type=int, default=0, help="seed of answers, order and overlap (default: 0)")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from statistics import median
 
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import missing_package
 from rlhf_lightning.labeling.comparisons import Comparison
 from rlhf_lightning.labeling.store import CHOICES, Decision, Decisions
 from rlhf_lightning.objectives.intervals import wilson
@@ -173,14 +173,9 @@ def _krippendorff(judged: dict[str, dict[str, int]], common: Sequence[str]) -> f
     try:
         import krippendorff
     except ModuleNotFoundError as error:
-        raise ConfigError(missing(error)) from None
+        raise missing_package(error, "rlhf label", "label") from None
     table = [[float(found.get(key, math.nan)) for key in common] for found in judged.values()]
     return _finite(float(krippendorff.alpha(reliability_data=table, level_of_measurement="nominal")))
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """The message about a package of the extra `label` that is not installed."""
-    return f"rlhf label needs the package {error.name}; install it with pip install 'rlhf-lightning[label]'"
 
 
 def _models(comparisons: dict[str, Comparison], made: Sequence[Decision]) -> dict[str, Rate]:

@@ -1,36 +1,28 @@
 """The web server of `rlhf label`, and what it refuses: other hosts, other sites, strangers, large requests."""
 
-import asyncio
 import hmac
-import ipaddress
 import logging
 import secrets
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.resources import files
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
-import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.labeling import page as pages
 from rlhf_lightning.labeling.queue import LabelQueue
 from rlhf_lightning.labeling.store import is_choice
+from rlhf_lightning.web import Access, Guard, equal, read_body
 
 log = logging.getLogger(__name__)
 BODY = 32 * 1024
 """Largest request body in bytes; a note of 2,000 characters takes at most 24,000."""
-PATIENCE = 30
-"""Seconds in which a request body must arrive."""
 FORM = "application/x-www-form-urlencoded"
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'self'; script-src 'self'; img-src 'self'; "
@@ -42,81 +34,6 @@ HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 ASSETS = {"label.css": "text/css", "label.js": "text/javascript"}
-WEAKEST = 16
-"""Smallest number of characters of a token."""
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may use the page.
-
-    Args:
-        token: Token that annotators must give; None for none.
-        hosts: Host names under which the page may be opened, beside addresses and `localhost`.
-
-    Raises:
-        ConfigError: If the token is too short.
-
-    Example:
-        >>> Access().allows_host("localhost:8765"), Access().allows_host("evil.example")
-        (True, False)
-    """
-
-    token: str | None = None
-    hosts: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.token is not None and len(self.token) < WEAKEST:
-            raise ConfigError(f"RLHF_LABEL_TOKEN has {len(self.token)} characters; it must have at least {WEAKEST}")
-
-    def allows_host(self, host: str) -> bool:
-        """True if a `Host` header names this server.
-
-        Under DNS rebinding, a page of another site reaches this server by a name of that site. Addresses cannot be
-        rebound.
-
-        Args:
-            host: The header.
-        """
-        try:
-            parts = urlsplit(f"//{host}")
-            name, _ = parts.hostname or "", parts.port
-        except ValueError:  # a malformed address or port
-            return False
-        return name == "localhost" or _is_address(name) or name in {known.lower() for known in self.hosts}
-
-
-class Guard:
-    """Middleware that refuses foreign hosts and requests from other sites, and adds `HEADERS` to every response.
-
-    Args:
-        app: The application.
-        access: Who may use the page.
-    """
-
-    def __init__(self, app: ASGIApp, access: Access) -> None:
-        self.app, self.access = app, access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
-
-        async def send_guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(HEADERS)
-            await send(message)
-
-        if scope["type"] != "http":
-            return
-        request = Request(scope)
-        host, origin = request.headers.get("host", ""), request.headers.get("origin", "")
-        if not self.access.allows_host(host):
-            problem = f"this server is not known as {host!r}; start rlhf label with --allowed_host NAME"
-            await _refusal(421, problem)(scope, receive, send_guarded)
-        elif request.method == "POST" and urlsplit(origin).netloc.lower() != host.lower():
-            # Browsers name the page's own site with every form that is sent by POST.
-            await _refusal(403, "the form was sent from another site")(scope, receive, send_guarded)
-        else:
-            await self.app(scope, receive, send_guarded)
 
 
 @dataclass
@@ -153,7 +70,11 @@ class LabelServer:
         ]
         return Starlette(
             routes=routes,
-            middleware=[Middleware(Guard, access=self.access)],
+            middleware=[
+                Middleware(
+                    Guard, access=self.access, refusal=_refusal, headers=HEADERS, command="rlhf label", is_page=True
+                )
+            ],
             exception_handlers={HTTPException: _on_error},
         )
 
@@ -180,7 +101,7 @@ class LabelServer:
         names, needs_token = self.queue.assignment.annotators, self.access.token is not None
         name = " ".join(form.get("name", "").split())
         problem = None
-        if self.access.token is not None and not _equal(form.get("token", ""), self.access.token):
+        if not self.access.allows_token(form.get("token", "")):
             problem = "The token is wrong."
         elif not (0 < len(name) <= pages.NAME and name.isprintable()):
             problem = f"Give a name of 1 to {pages.NAME} characters."
@@ -229,14 +150,14 @@ class LabelServer:
     def _annotator(self, request: Request) -> str | None:
         """The annotator who is signed in."""
         value, _, signature = request.cookies.get(_cookie(request), "").rpartition(".")
-        if not _equal(signature, self._sign("session", value)):
+        if not equal(signature, self._sign("session", value)):
             return None
         return bytes.fromhex(value.partition(".")[0]).decode()
 
     async def _signed_form(self, request: Request) -> tuple[str, dict[str, str]]:
         """The annotator and the fields of a form that this server has made for this session."""
         annotator, form = self._annotator(request), await _form(request)
-        if annotator is None or not _equal(form.get("csrf", ""), self._csrf(request)):
+        if annotator is None or not equal(form.get("csrf", ""), self._csrf(request)):
             raise HTTPException(403, "Your last choice was not stored, because you are not signed in. Sign in again.")
         return annotator, form
 
@@ -247,11 +168,6 @@ class LabelServer:
         return hmac.digest(self._secret, f"{purpose}:{value}".encode(), "sha256").hex()
 
 
-def _equal(one: str, other: str) -> bool:
-    """Compare secrets in a time that does not depend on where they differ."""
-    return hmac.compare_digest(one.encode(), other.encode())
-
-
 def _cookie(request: Request) -> str:
     """Name of the session's cookie. Browsers share cookies between the ports of a host."""
     return f"rlhf_label_{request.url.port or 80}"
@@ -259,17 +175,7 @@ def _cookie(request: Request) -> str:
 
 async def _form(request: Request) -> dict[str, str]:
     """The fields of a form."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != FORM:
-        raise HTTPException(415, f"a form must be sent as {FORM}")
-    body = b""
-    try:
-        async with asyncio.timeout(PATIENCE):
-            async for block in request.stream():
-                body += block
-                if len(body) > BODY:
-                    raise HTTPException(413, f"the form has more than {BODY} bytes")
-    except TimeoutError:
-        raise HTTPException(408, "the form did not arrive in time") from None
+    body = await read_body(request, FORM, BODY)
     try:
         found = parse_qs(body.decode("ascii"), keep_blank_values=True, max_num_fields=16)
     except ValueError:
@@ -297,80 +203,3 @@ def _asset(name: str, kind: str) -> Callable[[Request], Response]:
         return Response(content, media_type=kind)
 
     return serve
-
-
-def _is_address(name: str) -> bool:
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
-
-
-def is_local(host: str) -> bool:
-    """True if only this machine reaches a server that is bound to a host.
-
-    Args:
-        host: Name or address.
-    """
-    return host == "localhost" or (_is_address(host) and ipaddress.ip_address(host).is_loopback)
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket that listens on a host and port.
-
-    Args:
-        host: Name or address.
-        port: The port; 0 for any free one.
-
-    Raises:
-        ConfigError: If it cannot be bound.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        found = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:  # UnicodeError: no host can have this name
-        reason = error.strerror if isinstance(error, OSError) else "not a host name"
-        raise ConfigError(f"--host {host}: {reason}; give a name or address of this machine") from None
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-        found.listen()  # so that a second server on this port is refused, and early visitors wait
-    except OSError as error:
-        found.close()
-        raise ConfigError(
-            f"--host {host} --port {port}: {error.strerror}; give another port, or an address of this machine"
-        ) from None
-    return found
-
-
-def address_of(place: socket.socket) -> str:
-    """The web address of a socket.
-
-    Args:
-        place: The socket.
-    """
-    host, port = place.getsockname()[:2]
-    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
-
-
-def web_server(app: Starlette) -> uvicorn.Server:
-    """A server for an application; `run(sockets=[…])` serves until a stop signal.
-
-    Args:
-        app: The application.
-    """
-    config = uvicorn.Config(
-        app,
-        loop="asyncio",
-        http="h11",
-        ws="none",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        limit_concurrency=256,
-        timeout_graceful_shutdown=5,
-    )
-    return uvicorn.Server(config)

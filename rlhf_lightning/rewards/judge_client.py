@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from rlhf_lightning.environments.user_calls import Call, check_limit, run_calls
-from rlhf_lightning.errors import ConfigError, UserError, check_whole, cut, short
+from rlhf_lightning.errors import ConfigError, UserError, check_whole, cut, missing_package, short
 from rlhf_lightning.files import read_object, replacing, visible
 from rlhf_lightning.rewards.base import check_finite
 from rlhf_lightning.settings import plain
@@ -195,9 +195,7 @@ class JudgeClient:
         try:
             import openai  # noqa: F401 - a missing package is reported before the first round
         except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"a judge needs the package {error.name}; install it with pip install 'rlhf-lightning[judge]'"
-            ) from None
+            raise missing_package(error, "a judge", "judge") from None
         self._structured = self.judge.structured
         self._stop: _Stop | None = None
         self._secret()

@@ -164,9 +164,9 @@ def test_missing_package_is_named(
 ) -> None:
     import sys
 
-    monkeypatch.setitem(sys.modules, "rlhf_lightning.labeling.server", None)
-    monkeypatch.delitem(sys.modules, "rlhf_lightning.labeling.server")
-    monkeypatch.delattr("rlhf_lightning.labeling.server", raising=False)
+    monkeypatch.setitem(sys.modules, "rlhf_lightning.web", None)
+    monkeypatch.delitem(sys.modules, "rlhf_lightning.web")
+    monkeypatch.delattr("rlhf_lightning.web", raising=False)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     found = mistake(["label", "--responses", answers, "--out", str(tmp_path / "p.jsonl")], capsys)
     assert "rlhf label needs the package uvicorn; install it with pip install 'rlhf-lightning[label]'" in found

@@ -12,8 +12,9 @@ from urllib.parse import urlencode, urlsplit
 
 from rlhf_lightning.labeling.comparisons import Candidate, Comparison, Question
 from rlhf_lightning.labeling.queue import Assignment, LabelQueue
-from rlhf_lightning.labeling.server import Access, LabelServer, address_of, bound, web_server
+from rlhf_lightning.labeling.server import LabelServer
 from rlhf_lightning.labeling.store import LabelStore
+from rlhf_lightning.web import Access, address_of, bound, web_server
 
 
 def comparison(

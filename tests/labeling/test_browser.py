@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_lightning.labeling.server import Access
+from rlhf_lightning.web import Access
 from tests.helpers.labels import comparison, new_queue, serving
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (extra: browser)")

@@ -14,7 +14,8 @@ import pytest
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.labeling.page import markdown
 from rlhf_lightning.labeling.queue import LabelQueue
-from rlhf_lightning.labeling.server import BODY, Access, bound, is_local
+from rlhf_lightning.labeling.server import BODY
+from rlhf_lightning.web import Access, bound, is_local
 from tests.helpers.labels import Client, comparison, new_queue, serving
 
 TOKEN = "correct-horse-battery"
@@ -134,7 +135,7 @@ def test_token_is_needed(tmp_path: Path) -> None:
         assert client.sign_in("Ann", token=TOKEN).status == 303
         assert "Answer A" in client.get().text
     with pytest.raises(ConfigError, match="RLHF_LABEL_TOKEN has 5 characters; it must have at least 16"):
-        Access("short")
+        Access("short", variable="RLHF_LABEL_TOKEN")
 
 
 def test_names(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_requests_have_limits(client: Client, queue: LabelQueue) -> None:
 
 
 def test_request_whose_body_does_not_arrive_ends(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf_lightning.labeling.server.PATIENCE", 0.1)
+    monkeypatch.setattr("rlhf_lightning.web.PATIENCE", 0.1)
     place = urlsplit(client.address)
     with socket.create_connection((place.hostname, place.port or 0), timeout=10) as connection:
         head = f"POST /sign-in HTTP/1.1\r\nHost: {place.netloc}\r\nOrigin: http://{place.netloc}\r\n"
