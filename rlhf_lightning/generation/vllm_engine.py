@@ -29,8 +29,8 @@ from rlhf_lightning.generation.vllm_weights import (
     adapted_layers,
     adapter_digests,
     digests,
-    expected,
     expected_adapter,
+    expected_digests,
     held_weights,
 )
 from rlhf_lightning.generation.vllm_worker import renew_heads
@@ -286,9 +286,7 @@ class LoadedVLLM:
                     )
                 if tensor.dim():
                     sizes[name] = len(tensor)
-                for key in (Held(name, False), Held(name, True)):
-                    if key in self._held:
-                        wanted[key] = expected(tensor.detach(), key.probed, self._held[key])
+                wanted.update(expected_digests(name, tensor.detach(), self._held))
                 yield name, tensor.detach()
 
         try:

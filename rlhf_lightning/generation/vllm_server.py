@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlhf_lightning.distributed import gather, is_distributed, rank_count, safe_point
-from rlhf_lightning.errors import ConfigError, UserError, check_whole, first_line
+from rlhf_lightning.errors import ConfigError, SyncError, UserError, check_whole, first_line
 from rlhf_lightning.files import real_path, scratch_of
 from rlhf_lightning.generation.policy_weights import PolicyWeights, write_adapter
 from rlhf_lightning.generation.sampler import EngineSettings
@@ -419,7 +419,7 @@ class Server:
         if self.endpoint.read("GET", "/weight_info").get("weight_version") == weights.name:
             return  # another process of this run has loaded them
         try:
-            self.endpoint.send("POST", "/collective_rpc", {"method": "load_policy", "args": [weights.folder]})
+            reply = self.endpoint.read("POST", "/collective_rpc", {"method": "load_policy", "args": [weights.folder]})
         except Unavailable as error:
             # vLLM answers 500 to a method that it does not know and to weights that it cannot load; if it still answers
             # other requests, one of these is the reason.
@@ -429,12 +429,29 @@ class Server:
                 f"policy's architecture and sees the folder {weights.folder}, and that `vllm serve` was started with "
                 f"--worker-extension-cls {WORKER}"
             ) from None
+        self._confirm(reply.get("results"), weights)
         if not self.endpoint.read("POST", "/reset_prefix_cache").get("success"):
             raise Unavailable(
                 f"{self.url} did not drop its cached prompts, whose keys belong to the old weights", False
             )
         # Last, so that a server that holds this version has loaded the weights completely.
         self.endpoint.send("POST", "/update_weight_version", {"new_version": weights.name})
+
+    def _confirm(self, workers: JSON, weights: Weights) -> None:
+        """Check what each worker answered to `load_policy`: the names of weights that it holds otherwise."""
+        lists = workers if isinstance(workers, list) else [workers]
+        for names in lists:
+            if not isinstance(names, list):
+                raise ConfigError(
+                    f"sampler.engine: {self.url} does not say whether it holds the weights; install the trainer's "
+                    "version of rlhf-lightning on the servers"
+                )
+            if names:
+                raise SyncError(
+                    f"sampler.engine: {self.url} has loaded {weights.folder}, but {len(names)} of its weights are not "
+                    f"those in the folder, for example {names[0]}. vLLM loads this model in another way than the "
+                    "engine expects; use the built-in engine"
+                )
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlhf_lightning.generation.digest import digest
@@ -82,6 +84,37 @@ def expected(tensor: Tensor, probed: bool, dtype: torch.dtype) -> int:
         dtype: The precision in which vLLM holds it.
     """
     return digest((tensor[:, columns(tensor.shape[1]).to(tensor.device)] if probed else tensor).to(dtype))
+
+
+def expected_digests(name: str, tensor: Tensor, held: Mapping[Held, torch.dtype]) -> dict[Held, int]:
+    """The digests that `digests` gives for a weight, whole and probed, as far as vLLM's model has it.
+
+    Args:
+        name: Its Hugging Face name.
+        tensor: The weight.
+        held: See `held_weights`.
+    """
+    keys = (Held(name, False), Held(name, True))
+    return {key: expected(tensor, key.probed, held[key]) for key in keys if key in held}
+
+
+def differing(model: nn.Module, folder: Path) -> list[str]:
+    """Names of the weights that a vLLM model holds, but not as they are in a folder.
+
+    Args:
+        model: The model, not split over several workers.
+        folder: Folder with files of safetensors, with Hugging Face names.
+    """
+    held, sizes, wanted = held_weights(model), {}, {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 - not a mapping
+                tensor = tensors.get_tensor(name)
+                if tensor.dim():
+                    sizes[name] = len(tensor)
+                wanted |= expected_digests(name, tensor, held)
+    found = digests(model, sizes)
+    return sorted({key.name for key in found if found[key] != wanted[key]})
 
 
 def _parameters(model: nn.Module) -> Iterator[tuple[nn.Module, nn.Parameter, list[str], bool]]:

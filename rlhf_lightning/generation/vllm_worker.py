@@ -3,9 +3,12 @@
 vllm serve … --worker-extension-cls rlhf_lightning.generation.vllm_worker.PolicyWorker
 """
 
+from pathlib import Path
 from typing import Protocol
 
 from torch import nn
+
+from rlhf_lightning.generation.vllm_weights import differing
 
 
 class Worker(Protocol):
@@ -21,14 +24,21 @@ class Worker(Protocol):
 class PolicyWorker:
     """Methods that vLLM adds to its workers."""
 
-    def load_policy(self: Worker, folder: str) -> None:
-        """Load all weights.
+    def load_policy(self: Worker, folder: str) -> list[str]:
+        """Load all weights, and compare them bit by bit unless the model is split over several workers.
 
         Args:
             folder: Folder with files of safetensors, with Hugging Face names.
+
+        Returns:
+            Names of the weights that the model does not hold as they are in the folder.
         """
+        from vllm.distributed import get_tensor_model_parallel_world_size
+
         self.reload_weights(weights_path=folder)
-        renew_heads(self.get_model())
+        model = self.get_model()
+        renew_heads(model)
+        return [] if get_tensor_model_parallel_world_size() > 1 else differing(model, Path(folder))
 
 
 def renew_heads(model: nn.Module) -> None:

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.errors import ConfigError, SyncError
+from rlhf_lightning.errors import ConfigError, SyncError, UserError
 from rlhf_lightning.generation import vllm_http, vllm_server
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.policy_weights import PolicyWeights
@@ -407,6 +408,41 @@ def test_adapters_that_cannot_be_loaded(serve: Any, connect: Any, policy: Any, m
     start.get_input_embeddings().weight.requires_grad_(True)
     with pytest.raises(ConfigError, match=r"set sampler.engine.lora_sync: merged"):
         connect(server, model=start)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (["model.norm.weight"], SyncError, "1 of its weights are not those in the folder, for example model.norm"),
+        (None, ConfigError, "does not say whether it holds the weights"),
+    ],
+    ids=["other weights", "another version"],
+)
+def test_servers_confirm_all_weights(
+    serve: Callable[..., FakeServer],
+    connect: Callable[..., Any],
+    policy: Any,
+    answer: list[str] | None,
+    error: type[UserError],
+    message: str,
+) -> None:
+    """A server that holds other weights never gets their name."""
+    server = serve()
+    engine = connect(server, lora_sync="merged")
+    server.differing = answer
+    with pytest.raises(error, match=message):
+        sync(engine, policy)
+    assert server.weights == "default"
+
+
+def test_several_processes_do_not_sample_ahead(
+    serve: Callable[..., FakeServer], connect: Callable[..., Any], policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread of one rank would replace the weights with which the other still samples."""
+    engine = connect(serve())
+    monkeypatch.setattr(vllm_server, "rank_count", lambda: 2)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match=r"set model.max_staleness: 0"):
+        pool.submit(sync, engine, policy).result()
 
 
 def test_weights_that_cannot_be_written(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import copy
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError, SyncError
@@ -16,6 +18,7 @@ from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.generation.vllm_engine import LoadedVLLM, VLLMEngine
+from rlhf_lightning.generation.vllm_weights import differing
 from rlhf_lightning.models.lora import LoRA, LoRAFactors
 from tests.helpers.adapters import train_adapter, with_trained_adapter
 from tests.helpers.models import save_small_model
@@ -222,6 +225,21 @@ def test_a_tied_head_that_is_not_renewed_is_noticed(merged: Run, monkeypatch: py
     monkeypatch.setattr(vllm_engine, "renew_heads", lambda model: None)
     with pytest.raises(SyncError, match=r"1 of .* weights that vLLM holds are not those of the policy, .*probed=True"):
         merged.sync()
+
+
+@installed
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight"])
+def test_weights_are_compared_with_those_of_a_folder(merged: Run, tmp_path: Path, place: str) -> None:
+    """As the worker of a server does it; a change of one element by one unit in the last place is noticed."""
+    merged.sync()
+    tensors = {name: tensor.clone() for name, tensor in PolicyWeights(merged.policy)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    (found,) = merged.engine.llm.apply_model(partial(differing, folder=tmp_path))
+    assert found == []
+    tensors[place][0, 0] = tensors[place][0, 0].nextafter(torch.tensor(torch.inf))
+    save_file(tensors, tmp_path / "model.safetensors")
+    (found,) = merged.engine.llm.apply_model(partial(differing, folder=tmp_path))
+    assert found == [place]
 
 
 # -- settings -----------------------------------------------------------------------------------------------------

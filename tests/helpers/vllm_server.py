@@ -53,6 +53,7 @@ class FakeServer:
 
     Attributes:
         before: Called with path and body before a request is answered; may raise `Drop` or `Answer`, or wait.
+        differing: What its worker answers to the loading of all weights: names of those that it does not hold.
         requests: Number of requests of each path.
         most: Largest number of responses that were sampled at the same time.
     """
@@ -70,6 +71,7 @@ class FakeServer:
     ) -> None:
         self.model, self.decode, self.key, self.raw, self.context = copy.deepcopy(model), decode, key, raw, context
         self.probed, self.version, self.adapters, self.paths, self.weights = probed, version, {}, {}, "default"
+        self.differing: list[str] | None = []
         self.before: Callable[[str, dict[str, Any]], None] = lambda path, body: None
         self.requests: Counter[str] = Counter()
         self.engines: dict[str, LocalEngine] = {}
@@ -145,7 +147,7 @@ class FakeServer:
                 raise Answer(500, {"error": "AttributeError"})
             for file in Path(body["args"][0]).glob("*.safetensors"):
                 self.model.load_state_dict(load_file(file), strict=False)
-            return {"results": [None]}
+            return {"results": [self.differing]}
         if path == "/weight_info":
             return {"weight_version": self.weights}
         if path == "/health":
