@@ -105,7 +105,9 @@ def differing(model: nn.Module, folder: Path) -> list[str]:
         model: The model, not split over several workers.
         folder: Folder with files of safetensors, with Hugging Face names.
     """
-    held, sizes, wanted = held_weights(model), {}, {}
+    held = held_weights(model)
+    sizes: dict[str, int] = {}
+    wanted: dict[Held, int] = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - not a mapping
