@@ -37,6 +37,19 @@ def test_every_config_is_parsed_and_built(path: Path, capsys: pytest.CaptureFixt
             assert key in printed[section], f"{section}.{key} is not known"
 
 
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_config_in_front_of_the_command_has_a_section_for_each(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parser of a command alone would refuse the sections of the others."""
+    sections = {name: {"model": {"model": name}, "keep": 7} for name in ("fit", "validate")}
+    with pytest.raises(SystemExit) as stop:
+        StageCLI("sft", ["-c", write_yaml(tmp_path / "c.yaml", sections), command, "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert (printed["model"]["model"], printed["keep"]) == (command, 7)
+
+
 # -- a stage ----------------------------------------------------------------------------------------------------------
 
 
