@@ -77,8 +77,9 @@ def run(args: list[str]) -> int:
 def _judge(options: argparse.Namespace) -> None:
     """Let a judge decide the comparisons of a session, or of given answers, and print the report."""
     from rlhf_lightning.cli.judge_file import read_judge
-    from rlhf_lightning.labeling.comparisons import given_comparisons
+    from rlhf_lightning.labeling.comparisons import given_answers, pairs_of_answers
     from rlhf_lightning.labeling.judge import label_by_judge
+    from rlhf_lightning.labeling.revision import add_revisions
     from rlhf_lightning.labeling.store import LabelStore, session_settings
     from rlhf_lightning.rewards import PairwiseJudgeReward
 
@@ -87,17 +88,29 @@ def _judge(options: argparse.Namespace) -> None:
             "--judge decides about given answers or those of an earlier session; sample the answers with rlhf generate "
             "--json, and name that file with --responses instead of --model"
         )
+    check_whole("--revise", options.revise, 0)
     _check_out(options)
     judge = read_judge(options.judge)
     if not isinstance(judge, PairwiseJudgeReward):
         raise ConfigError(f"--judge: {options.judge}: two answers are compared; add pairwise: true")
+    if options.revise and not options.responses:
+        raise ConfigError("--revise needs the answers to revise: --responses FILE")
+    if judge.columns:
+        raise ConfigError("the judge needs the columns of a data row, which comparisons do not have; remove columns")
     known = session_settings(options.out)
     if known is None and not options.responses:
         raise ConfigError(f"{options.out} has no session yet; give the answers to compare with --responses")
+    client = judge.judge.build()
     settings = _settings(options, []) if options.responses or known is None else known
     with closing(LabelStore(options.out, settings, options.ties)) as store:
-        store.add(given_comparisons(options.responses, options.limit) if options.responses else [])
-        say(f"the annotator is called {label_by_judge(store, _assignment(options), judge)!r}")
+        answers = given_answers(options.responses, options.limit)
+        store.add(pairs_of_answers(answers))
+        if options.revise:
+            each = [(question, candidate) for question, candidates in answers for candidate in candidates]
+            left_out = add_revisions(store, each, judge, client, options.revise)
+            if left_out:
+                say(f"{left_out} answers have tool calls or several turns; they are not revised")
+        say(f"the annotator is called {label_by_judge(store, _assignment(options), judge, client)!r}")
     _report(options.out, options.json)
 
 
@@ -108,6 +121,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--model needs the prompts that it answers: --prompts FILE")
     if options.responses and (options.prompts or options.and_):
         raise ConfigError("--prompts and --and are for answers of a model; --responses has both prompts and answers")
+    if options.revise:
+        raise ConfigError("--revise lets a judge revise answers; add --judge FILE")
     _check_out(options)
     if options.reward and options.pick != "uncertain":
         raise ConfigError("--reward gives the ensemble of --pick uncertain; add that flag")
@@ -187,7 +202,7 @@ def _fill(
     ensemble: "Ensemble | None",
 ) -> "AnswerSampler | None":
     """Put given answers into the queue, or begin to sample answers."""
-    from rlhf_lightning.labeling.comparisons import given_comparisons
+    from rlhf_lightning.labeling.comparisons import given_answers, pairs_of_answers
     from rlhf_lightning.labeling.sampling import AnswerSampler
 
     if models:
@@ -196,7 +211,7 @@ def _fill(
         )
         sampler.start()
         return sampler
-    comparisons = given_comparisons(options.responses, options.limit)
+    comparisons = pairs_of_answers(given_answers(options.responses, options.limit))
     comparisons = [one for one in comparisons if one.id not in queue.store.comparisons]
     if ensemble is not None:
         comparisons = ensemble.scored(comparisons)
@@ -329,6 +344,14 @@ def _parse(args: list[str]) -> argparse.Namespace:
         metavar="FILE",
         help="no page: let a judge behind an endpoint decide all comparisons of --responses, or of the session of "
         "--out; YAML file with pairwise: true (docs/judges.md)",
+    )
+    people.add_argument(
+        "--revise",
+        type=int,
+        default=0,
+        metavar="ROUNDS",
+        help="with --judge: the judge first criticizes and revises each answer this many times, and then also compares "
+        "the answer with its revision (default: 0)",
     )
     add_web_flags(parser, "page", 8765, "annotators", TOKEN)
     add_sampling_flags(parser)

@@ -89,7 +89,7 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if not self.id:
-            answers = sorted(_hash(candidate.messages) for candidate in self.candidates)
+            answers = sorted(messages_key(candidate.messages) for candidate in self.candidates)
             object.__setattr__(self, "id", _hash([self.question.key, answers]))
 
     def record(self) -> Row:
@@ -158,8 +158,8 @@ def distinct(comparisons: Iterable[Comparison]) -> list[Comparison]:
     return list(found.values())
 
 
-def given_comparisons(files: Sequence[str], limit: int | None = None) -> list[Comparison]:
-    """Comparisons of answers from files: every pair of different answers to a prompt.
+def given_answers(files: Sequence[str], limit: int | None = None) -> list[tuple[Question, list[Candidate]]]:
+    """Answers from files, by prompt.
 
     Rows have `prompt` and one of: `response` (rows with the same prompt belong together, over all files), `responses`
     (a list), or `chosen` and `rejected`. The columns `model` and `sampling` say where an answer comes from; for
@@ -169,9 +169,6 @@ def given_comparisons(files: Sequence[str], limit: int | None = None) -> list[Co
         files: Files of rows.
         limit: Largest number of prompts.
 
-    Returns:
-        The comparisons, in the order of the prompts.
-
     Raises:
         DataError: If a row is unusable; with file and line.
     """
@@ -180,10 +177,21 @@ def given_comparisons(files: Sequence[str], limit: int | None = None) -> list[Co
         for question, candidates in convert_rows(read_rows(file), lambda data: [_answers(data)], Reading()):
             named = [replace(one, source={"file": file, **one.source}) for one in candidates]
             questions.setdefault(question.key, (question, []))[1].extend(named)
-    kept = list(questions.values())[:limit]
+    return list(questions.values())[:limit]
+
+
+def pairs_of_answers(answers: Iterable[tuple[Question, Sequence[Candidate]]]) -> list[Comparison]:
+    """Comparisons of every two different answers to a prompt.
+
+    Args:
+        answers: Prompts with their answers, as `given_answers` returns them.
+
+    Returns:
+        The comparisons, in the order of the prompts.
+    """
     return distinct(
         Comparison(question, (first, second))
-        for question, candidates in kept
+        for question, candidates in answers
         for first, second in combinations(candidates, 2)
     )
 
@@ -210,6 +218,15 @@ def _answers(data: Row) -> tuple[Question, list[Candidate]]:
     category = data.get("category")
     question = Question(prompt, tool_schemas(data), None if category is None else str(category))
     return question, [Candidate(*pair) for pair in zip(responses, sources, strict=True)]
+
+
+def messages_key(messages: Sequence[Message]) -> str:
+    """A hash of an answer's messages.
+
+    Args:
+        messages: The messages.
+    """
+    return _hash(messages)
 
 
 def _hash(value: Sequence[object] | Mapping[str, object]) -> str:

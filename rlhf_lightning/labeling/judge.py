@@ -4,12 +4,12 @@ import hashlib
 import time
 from datetime import UTC, datetime
 
-from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.labeling.comparisons import Comparison
 from rlhf_lightning.labeling.queue import Assignment
 from rlhf_lightning.labeling.store import Choice, Decision, LabelStore
 from rlhf_lightning.rewards import PairwiseJudgeReward
 from rlhf_lightning.rewards.judge import PairwiseJudgeScores
+from rlhf_lightning.rewards.judge_client import JudgeClient
 from rlhf_lightning.types import Episode
 
 CHUNK = 32
@@ -23,7 +23,7 @@ def annotator_name(reward: PairwiseJudgeReward) -> str:
     return f"judge {judge.model} {hashlib.sha256(repr(settings).encode()).hexdigest()[:8]}"
 
 
-def label_by_judge(store: LabelStore, assignment: Assignment, reward: PairwiseJudgeReward) -> str:
+def label_by_judge(store: LabelStore, assignment: Assignment, reward: PairwiseJudgeReward, client: JudgeClient) -> str:
     """Let a judge decide all comparisons of a session that it has not decided yet.
 
     Both orders are asked. An answer that is preferred on average is chosen; a tie also follows from verdicts that
@@ -32,18 +32,16 @@ def label_by_judge(store: LabelStore, assignment: Assignment, reward: PairwiseJu
     Args:
         store: The files of the session.
         assignment: Decides which answer is recorded as A.
-        reward: The judge; its `on_failure` says whether a missing verdict ends the session.
+        reward: The rubric; its `on_failure` says whether a missing verdict ends the session.
+        client: Asks the judge.
 
     Returns:
         The judge's name as an annotator.
 
     Raises:
-        ConfigError: If the judge needs columns, which comparisons do not have.
         UserError: See `PairwiseJudgeScores.verdicts`.
     """
-    if reward.columns:
-        raise ConfigError("the judge needs the columns of a data row, which comparisons do not have; remove columns")
-    scores, name = PairwiseJudgeScores(reward, reward.judge.build()), annotator_name(reward)
+    scores, name = PairwiseJudgeScores(reward, client), annotator_name(reward)
     decided = store.decisions.get(name, {})
     waiting = [comparison for key, comparison in store.comparisons.items() if key not in decided]
     for start in range(0, len(waiting), CHUNK):

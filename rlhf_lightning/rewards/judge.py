@@ -5,6 +5,7 @@ import logging
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from torch import nn
 
@@ -19,6 +20,7 @@ from rlhf_lightning.rewards.pairwise import pairs_in_groups, win_margins
 from rlhf_lightning.types import JSON, Episode
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 RUBRIC = """The response answers what the prompt asks for: correctly, completely, clearly, and without anything that it
 does not need."""
 SYSTEM = """{task}
@@ -129,7 +131,7 @@ class JudgeScores:
         reward = self.reward
         judged = {i: episode for i, episode in enumerate(episodes) if applies(episode, reward.columns)}
         votes = self.client.ask([self._question(episode) for episode in judged.values()])
-        _report(reward.name, reward.on_failure, [(e.label, v) for e, v in zip(judged.values(), votes, strict=True)])
+        report(reward.name, reward.on_failure, [(e.label, v) for e, v in zip(judged.values(), votes, strict=True)])
         scores: list[float | None] = [None] * len(episodes)
         for (i, episode), row in zip(judged.items(), votes, strict=True):
             grades = [vote.value for vote in row if vote.value is not None]
@@ -142,7 +144,7 @@ class JudgeScores:
                 scores[i] = float(reward.minimum)
         return scores
 
-    def _question(self, episode: Episode) -> Question:
+    def _question(self, episode: Episode) -> Question[float]:
         reward = self.reward
         scale = f"from {reward.minimum} (worst) to {reward.maximum} (best)"
         answer = f'{{"reason": "one or two sentences", "score": N}}, where N is an integer {scale}.'
@@ -155,7 +157,7 @@ class JudgeScores:
         return Question(
             SYSTEM.format(task=GRADE, rubric=reward.rubric, answer=answer),
             fenced(texts, "Grade the response by the rubric."),
-            _schema("score", grade),
+            schema({"reason": {"type": "string"}, "score": grade}),
             self._grade,
             episode.label,
         )
@@ -268,7 +270,7 @@ class PairwiseJudgeScores:
         orders = [order for a, b in different for order in ((a, b), (b, a))]
         votes = self.client.ask([self._question(a, b) for a, b in orders])
         labels = [f"{a.label} against {b.label}" for a, b in orders]
-        _report(self.reward.name, self.reward.on_failure, list(zip(labels, votes, strict=True)))
+        report(self.reward.name, self.reward.on_failure, list(zip(labels, votes, strict=True)))
         means = [_mean_vote(row) for row in votes]
         found = iter(zip(means[::2], means[1::2], strict=True))
         verdicts: list[tuple[float, float] | None] = []
@@ -285,7 +287,7 @@ class PairwiseJudgeScores:
             return text
         return transcript([*episode.responses[:last], {"role": "assistant", "content": text}])
 
-    def _question(self, a: Episode, b: Episode) -> Question:
+    def _question(self, a: Episode, b: Episode) -> Question[float]:
         reward = self.reward
         answer = '{"reason": "one or two sentences", "better": "first", "second" or "tie"}.'
         texts = {
@@ -297,7 +299,7 @@ class PairwiseJudgeScores:
         return Question(
             SYSTEM.format(task=COMPARE, rubric=reward.rubric, answer=answer),
             fenced(texts, "Say which response is better by the rubric."),
-            _schema("better", {"type": "string", "enum": list(VERDICTS)}),
+            schema({"reason": {"type": "string"}, "better": {"type": "string", "enum": list(VERDICTS)}}),
             _better,
             f"{a.label} against {b.label}",
         )
@@ -344,12 +346,16 @@ def _check_judged(name: str, rubric: str, on_failure: str, known: Sequence[str])
         raise ConfigError(f"the reward {name}: on_failure is {on_failure!r}; it must be one of {', '.join(known)}")
 
 
-def _schema(key: str, value: JSON) -> dict[str, JSON]:
-    """Schema of an answer. The reason comes first, so that the judge writes it before the verdict."""
+def schema(properties: Mapping[str, JSON]) -> dict[str, JSON]:
+    """JSON schema of an answer of a judge: an object.
+
+    Args:
+        properties: Schema of each value, in the order in which the judge writes them: reasons before verdicts.
+    """
     return {
         "type": "object",
-        "properties": {"reason": {"type": "string"}, key: value},
-        "required": ["reason", key],
+        "properties": dict(properties),
+        "required": list(properties),
         "additionalProperties": False,
     }
 
@@ -359,13 +365,22 @@ def _better(answer: Mapping[str, JSON]) -> float | None:
     return VERDICTS.get(found) if isinstance(found, str) else None
 
 
-def _mean_vote(votes: Sequence[Vote]) -> float | None:
+def _mean_vote(votes: Sequence[Vote[float]]) -> float | None:
     values = [vote.value for vote in votes if vote.value is not None]
     return statistics.fmean(values) if values else None
 
 
-def _report(name: str, on_failure: str, judged: Sequence[tuple[str, Sequence[Vote]]]) -> None:
-    """Raise an error about a failed vote, or warn about failed votes if the run goes on."""
+def report(name: str, on_failure: str, judged: Sequence[tuple[str, Sequence[Vote[T]]]]) -> None:
+    """Warn about failed votes.
+
+    Args:
+        name: Name of the reward.
+        on_failure: Its setting.
+        judged: What was judged, with the votes.
+
+    Raises:
+        UserError: If there are any and `on_failure` is `fail`.
+    """
     failed = [
         f"the reward {name}, {label}: {vote.failure}" for label, votes in judged for vote in votes if vote.failure
     ]
@@ -376,4 +391,4 @@ def _report(name: str, on_failure: str, judged: Sequence[tuple[str, Sequence[Vot
             f"{failed[0]}. Run the same command again, change the judge's settings, or set on_failure: skip"
         )
     count = sum(len(votes) for _, votes in judged)
-    log.warning("%d of %d verdicts of the judge are missing. The first: %s", len(failed), count, failed[0])
+    log.warning("%d of %d answers of the judge are missing. The first: %s", len(failed), count, failed[0])

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 from urllib.parse import urlsplit
 
 from rlhf_lightning.environments.user_calls import Call, check_limit, run_calls
@@ -133,30 +133,33 @@ class Judge:
         return JudgeClient(self)
 
 
+T = TypeVar("T")
+
+
 @dataclass(frozen=True)
-class Question:
+class Question(Generic[T]):
     """A question to a judge, which it answers with a JSON object.
 
     Args:
         system: System message: the task, which is the same for many questions.
         user: User message.
         schema: JSON schema of the answer, an object.
-        read: Returns the number in an answer, or None if the answer does not follow the schema.
+        read: Returns what is wanted of an answer, such as a grade; None if the answer does not follow the schema.
         label: What is judged, for error messages.
     """
 
     system: str
     user: str
     schema: Mapping[str, JSON]
-    read: Callable[[Mapping[str, JSON]], float | None]
+    read: Callable[[Mapping[str, JSON]], T | None]
     label: str
 
 
 @dataclass(frozen=True)
-class Vote:
-    """An answer of the judge: its number, or the reason why there is none."""
+class Vote(Generic[T]):
+    """An answer of the judge: what `Question.read` returned, or the reason why there is nothing."""
 
-    value: float | None
+    value: T | None
     failure: str = ""
 
 
@@ -200,29 +203,31 @@ class JudgeClient:
         self._stop: _Stop | None = None
         self._secret()
 
-    def ask(self, questions: Sequence[Question]) -> list[list[Vote]]:
+    def ask(self, questions: Sequence[Question[T]], votes: int | None = None) -> list[list[Vote[T]]]:
         """Ask questions.
 
         Args:
             questions: The questions; equal ones are asked once.
+            votes: Number of answers to each; None for `judge.votes`.
 
         Returns:
-            `judge.votes` answers to each question.
+            The answers to each question.
 
         Raises:
             UserError: If the budget is used up, the endpoint refuses every request (401, 403, 404), or the cache cannot
                 be read or written. Answers that arrived before are in the cache.
         """
-        keys = [[self._key(question, vote) for vote in range(self.judge.votes)] for question in questions]
+        count = votes or self.judge.votes
+        keys = [[self._key(question, vote) for vote in range(count)] for question in questions]
         asked = {key: question for row, question in zip(keys, questions, strict=True) for key in row}
-        votes = {key: vote for key, question in asked.items() if (vote := self._cached(key, question)) is not None}
-        open_questions = {key: question for key, question in asked.items() if key not in votes}
+        found = {key: vote for key, question in asked.items() if (vote := self._cached(key, question)) is not None}
+        open_questions = {key: question for key, question in asked.items() if key not in found}
         if open_questions:
             self._stop = None
-            call: Call[dict[str, Vote]] = partial(self._ask_all, open_questions)
+            call: Call[dict[str, Vote[T]]] = partial(self._ask_all, open_questions)
             (outcome,) = run_calls([call])
-            votes |= outcome.result()
-        return [[votes[key] for key in row] for row in keys]
+            found |= outcome.result()
+        return [[found[key] for key in row] for row in keys]
 
     def _secret(self) -> str:
         """The key; the package requires one also for an endpoint without keys."""
@@ -238,7 +243,7 @@ class JudgeClient:
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
-    async def _ask_all(self, asked: Mapping[str, Question]) -> dict[str, Vote]:
+    async def _ask_all(self, asked: Mapping[str, Question[T]]) -> dict[str, Vote[T]]:
         from openai import AsyncOpenAI
 
         gate = asyncio.Semaphore(self.judge.concurrency)
@@ -250,7 +255,7 @@ class JudgeClient:
             raise self._stop
         return dict(zip(asked, votes, strict=True))
 
-    async def _vote(self, client: "AsyncOpenAI", gate: asyncio.Semaphore, key: str, question: Question) -> Vote:
+    async def _vote(self, client: "AsyncOpenAI", gate: asyncio.Semaphore, key: str, question: Question[T]) -> Vote[T]:
         """The answer to a question. An error that ends the run waits in `_stop` until open requests are finished."""
         async with gate:
             try:
@@ -265,7 +270,7 @@ class JudgeClient:
                 self._stop = self._stop or stop
                 return Vote(None, str(stop))
 
-    async def _reply(self, client: "AsyncOpenAI", question: Question) -> _Reply:
+    async def _reply(self, client: "AsyncOpenAI", question: Question[T]) -> _Reply:
         """Send a request, and repeat it after transient errors; an error is part of the reply."""
         import openai
 
@@ -307,7 +312,7 @@ class JudgeClient:
             await asyncio.sleep(min(wait, LONGEST_WAIT))
             attempt += 1
 
-    async def _send(self, client: "AsyncOpenAI", question: Question, structured: bool) -> _Reply:
+    async def _send(self, client: "AsyncOpenAI", question: Question[T], structured: bool) -> _Reply:
         """Send a request once, within the budget."""
         from openai import omit
 
@@ -354,7 +359,7 @@ class JudgeClient:
 
     # -- the cache ----------------------------------------------------------------------------------------------------
 
-    def _key(self, question: Question, vote: int) -> str:
+    def _key(self, question: Question[T], vote: int) -> str:
         """Key of a cached answer: everything that the answer depends on, and the number of the vote.
 
         The URL is not part of it, because a server often gets another port or host.
@@ -374,7 +379,7 @@ class JudgeClient:
     def _path(self, key: str) -> Path | None:
         return Path(self.judge.cache).expanduser() / key[:2] / f"{key}.json" if self.judge.cache else None
 
-    def _cached(self, key: str, question: Question) -> Vote | None:
+    def _cached(self, key: str, question: Question[T]) -> Vote[T] | None:
         path = self._path(key)
         if path is None or not path.exists():
             return None
@@ -419,8 +424,8 @@ def _parsed(body: str) -> _Reply:
     return _Reply(text if isinstance(text, str) else "", failure, tokens if isinstance(tokens, int) else None)
 
 
-def _read(question: Question, text: str) -> Vote:
-    """The number in the last JSON object of an answer that has one."""
+def _read(question: Question[T], text: str) -> Vote[T]:
+    """What is wanted of the last JSON object of an answer that has it."""
     for found in reversed(_objects(text)):
         if (value := question.read(found)) is not None:
             return Vote(value)

@@ -237,6 +237,49 @@ def test_a_judge_decides_beside_people(answers: str, tmp_path: Path, capsys: pyt
         assert "sample the answers with rlhf generate" in mistake([*command, "--model", "m"], capsys)
 
 
+def test_a_judge_revises_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each answer is criticized and revised twice, then compared with its last revision; a second run asks nothing."""
+    pytest.importorskip("openai")
+
+    def judge_of(asked: Asked) -> str:
+        text = asked["messages"][1]["content"]
+        found = re.findall(r"BEGIN \w*\s?response \w+\n(.*?)\nEND", text, re.DOTALL)
+        if len(found) == 2:
+            return json.dumps({"reason": "", "better": _position(found)})
+        if "never" in found[0]:
+            return json.dumps({"critique": "none", "revision": " "})
+        same = "fine" in found[0]
+        return json.dumps({"critique": "too short", "revision": found[0] if same else f"{found[0]}, and why"})
+
+    texts = ["short", "fine", "never"]
+    answers = write_rows(tmp_path / "answers.jsonl", [{"prompt": f"Say {one}", "response": one} for one in texts])
+    call = {"name": "f", "arguments": {}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
+    with (tmp_path / "answers.jsonl").open("a") as stream:
+        stream.write(json.dumps({"prompt": "Call", "response": [turn]}) + "\n")
+    out = tmp_path / "pairs.jsonl"
+    with serving(judge_of) as server:
+        judge = {"url": server.url, "model": "judge-1", "key_variable": ""}
+        file = tmp_path / "judge.yaml"
+        file.write_text(json.dumps({"judge": judge, "pairwise": True, "on_failure": "skip"}))
+        command = ["label", "--out", str(out), "--judge", str(file), "--revise", "2"]
+        assert "--responses FILE" in mistake(command, capsys)
+        rlhf_in_process(*command, "--responses", answers)
+        said = capsys.readouterr()
+        assert "1 answers have tool calls or several turns" in said.out + said.err
+        (row,) = rows(out)
+        assert row["chosen"] == [{"role": "assistant", "content": "short, and why, and why"}]
+        assert row["rejected"] == [{"role": "assistant", "content": "short"}]
+        assert row["chosen_source"]["model"] == "judge-1 (revision)"
+        assert row["chosen_source"]["critiques"] == ["too short", "too short"]
+        asked = len(server.requests)
+        assert asked == 2 + 2 + 1 + 2, "two rounds, two of an answer that stays, one that fails, and both orders"
+        rlhf_in_process(*command, "--responses", answers)
+        again = [one["messages"][1]["content"] for one in server.requests[asked:]]
+        assert not any("\nshort" in text for text in again), "its revision is in the session"
+        assert "--judge FILE" in mistake(["label", "--out", str(out), "--responses", answers, "--revise", "1"], capsys)
+
+
 def _position(texts: list[str]) -> str:
     return "first" if len(texts[0]) > len(texts[1]) else "second"
 

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.labeling.comparisons import Candidate, Comparison, Question, distinct, given_comparisons
+from rlhf_lightning.labeling.comparisons import (
+    Candidate,
+    Comparison,
+    Question,
+    distinct,
+    given_answers,
+    pairs_of_answers,
+)
 from rlhf_lightning.types import Row
 from tests.helpers.labels import comparison
 from tests.helpers.rows import write_rows
@@ -23,7 +30,7 @@ def test_rows_with_the_same_prompt_belong_together_over_all_files(tmp_path: Path
         [{"prompt": [{"role": "user", "content": f"Count {i}"}], "sample": 0, "response": "one"} for i in range(2)],
     )
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "Count 1", "response": "two", "model": "other"}])
-    (found,) = given_comparisons([one, other])
+    (found,) = pairs_of_answers(given_answers([one, other]))
     assert found.question.messages == [{"role": "user", "content": "Count 1"}]
     assert texts(found) == ["one", "two"]
     assert [candidate.source for candidate in found.candidates] == [
@@ -34,7 +41,7 @@ def test_rows_with_the_same_prompt_belong_together_over_all_files(tmp_path: Path
 
 def test_every_pair_of_several_answers_is_compared(tmp_path: Path) -> None:
     row = {"prompt": "Count", "responses": ["one", "two", "three"], "models": ["a", "b", "c"], "scores": [1, 1, 1]}
-    found = given_comparisons([write_rows(tmp_path / "a.jsonl", [row])])
+    found = pairs_of_answers(given_answers([write_rows(tmp_path / "a.jsonl", [row])]))
     assert [texts(one) for one in found] == [["one", "two"], ["one", "three"], ["two", "three"]]
     assert [one.candidates[1].source["model"] for one in found] == ["b", "c", "c"]
 
@@ -44,7 +51,7 @@ def test_pairs_are_compared_again(tmp_path: Path) -> None:
     rows = [
         {"prompt": "Count", "system": "Brief.", "chosen": "one", "rejected": "two", "category": "easy", "tools": [tool]}
     ]
-    (found,) = given_comparisons([write_rows(tmp_path / "pairs.jsonl", rows)])
+    (found,) = pairs_of_answers(given_answers([write_rows(tmp_path / "pairs.jsonl", rows)]))
     assert [message["role"] for message in found.question.messages] == ["system", "user"]
     assert found.question.category == "easy"
     assert found.question.tools == [tool]
@@ -63,7 +70,7 @@ def test_pairs_are_compared_again(tmp_path: Path) -> None:
 )
 def test_bad_rows_are_refused(row: Row, message: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=message):
-        given_comparisons([write_rows(tmp_path / "answers.jsonl", [row])])
+        pairs_of_answers(given_answers([write_rows(tmp_path / "answers.jsonl", [row])]))
 
 
 def test_equal_blank_and_repeated_comparisons_are_left_out(caplog: pytest.LogCaptureFixture) -> None:
