@@ -431,15 +431,19 @@ def test_all_launched_ranks_stop_on_a_signal(
     number: int, all_of_them: bool, strategy: str, base: str, tmp_path: Path
 ) -> None:
     """With the command line's launcher: Ctrl-C to all processes as from a terminal, and SIGTERM to the first."""
-    command = [sys.executable, "-m", "rlhf_lightning", *config("sft", base, tmp_path), "--trainer.devices", "2"]
-    command += ["--trainer.strategy", strategy, "--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
-    command += ["--trainer.default_root_dir", str(tmp_path / "run")]
+    args = [*config("sft", base, tmp_path), "--trainer.devices", "2", "--trainer.strategy", strategy]
+    args += ["--trainer.max_epochs", "1000", "--checkpoint_every", "100000"]
+    args += ["--trainer.default_root_dir", str(tmp_path / "run")]
     logged = tmp_path / "run" / "metrics.csv"
-    with open(tmp_path / "out.txt", "wb") as out:
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    if strategy == "ddp_fork":
+        process: Run | subprocess.Popen[bytes] = Run(args, tmp_path / "out.txt")
+    else:  # these launchers start this interpreter again, which must be that of the command
+        with open(tmp_path / "out.txt", "wb") as out:
+            command = [sys.executable, "-m", "rlhf_lightning", *args]
+            process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
     begun = time.monotonic()
-    while not logged.exists() and time.monotonic() - begun < 150:
-        time.sleep(0.1)
+    while not logged.exists() and process.poll() is None and time.monotonic() - begun < 150:
+        time.sleep(0.05)
     (os.killpg if all_of_them else os.kill)(process.pid, number)
     assert process.wait(60) == 130, (tmp_path / "out.txt").read_text()
     (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
