@@ -1,13 +1,13 @@
 """Chat with a policy. Answers are shown while they are sampled."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Unpack
 
-from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.evaluation.policy import Policy, SamplingFilters
 from rlhf_lightning.generation.local_engine import LocalEngine, Watch
 from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.text_stream import TextStream
 from rlhf_lightning.types import Message
 
 
@@ -68,53 +68,21 @@ class Conversation:
                 f"the conversation ({len(ids)} tokens) and an answer of {budget} tokens exceed the model's context of "
                 f"{self.sampler.context} tokens: start a new conversation with /new, or lower --max_tokens"
             )
-        stream = Stream(self.policy.renderer, self.sampler.params.stop_strings, show)
-        if isinstance(self.sampler.engine, LocalEngine):
-            self.sampler.engine.watch = stream
-        [sample] = self.sampler.generate([ids], [1_000_003 * self.seed + self.turn])
-        answer = stream.rest(sample.ids)
+        stream = TextStream(self.policy.renderer, self.sampler.params.stop_strings)
+        assert isinstance(self.sampler.engine, LocalEngine)  # no other one is configured
+        self.sampler.engine.watch = _Shown(stream, show)
+        self.sampler.generate([ids], [1_000_003 * self.seed + self.turn])
+        show(stream.finish())
         self.turn += 1
-        self.messages = [*messages, {"role": "assistant", "content": answer}]
-        return answer
+        self.messages = [*messages, {"role": "assistant", "content": stream.text}]
+        return stream.text
 
 
-class Stream(Watch):
-    """Decodes tokens, and shows text as soon as it is final.
+class _Shown(Watch):
+    """Passes tokens to a stream, and shows the text that is final."""
 
-    It holds back incomplete characters, white space that may be at the end, and text that may begin a stop text.
-
-    Args:
-        renderer: Renderer that decodes the tokens.
-        stops: The sampler's stop texts.
-        show: Called with each new piece of text.
-
-    Example:
-        >>> stream = Stream(renderer, stops=(), show=print)  # doctest: +SKIP
-    """
-
-    def __init__(self, renderer: Renderer, stops: Sequence[str], show: Callable[[str], None]) -> None:
-        self.renderer, self.stops, self.show = renderer, stops, show
-        self.ids: list[int] = []
-        self.shown = ""
+    def __init__(self, stream: TextStream, show: Callable[[str], None]) -> None:
+        self.stream, self.show = stream, show
 
     def on_token(self, row: int, token: int, ended: bool) -> None:
-        """Add a token, and show the text that is final."""
-        self.ids.append(token)
-        text = self.renderer.decode(self.ids)
-        if text.endswith("\ufffd"):
-            return
-        held = max((n for stop in self.stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
-        self._extend(text[: len(text) - held].rstrip())
-
-    def rest(self, ids: Sequence[int]) -> str:
-        """Show the rest of an answer, and return the whole answer."""
-        text = self.renderer.decode(ids)
-        self._extend(text)
-        if not text.startswith(self.shown):
-            self.show(f"\n{text}")  # later tokens changed the text of earlier ones
-        return text
-
-    def _extend(self, text: str) -> None:
-        if text.startswith(self.shown) and len(text) > len(self.shown):
-            self.show(text[len(self.shown) :])
-            self.shown = text
+        self.show(self.stream.add(token))

@@ -24,6 +24,7 @@ def generate(
     params: SamplingParams,
     seeds: Sequence[int],
     decode: Callable[[list[int]], str],
+    on_token: Callable[[int, int, bool], None] = lambda row, token, ended: None,
 ) -> list[Completion]:
     """Sample a response to each prompt.
 
@@ -36,6 +37,7 @@ def generate(
         params: How to sample.
         seeds: One seed per prompt.
         decode: Maps token ids to text, for stop texts.
+        on_token: Called with the row, the token and whether it is the row's last one, after each token.
 
     Returns:
         The responses, in the order of the prompts.
@@ -44,7 +46,7 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for _, members in groupby(order, key=lambda i: len(prompts[i])):
         rows = list(members)
-        processor = _SamplingProcessor([samples[row] for row in rows], params, [seeds[row] for row in rows], decode)
+        processor = _SamplingProcessor(rows, samples, params, [seeds[row] for row in rows], decode, on_token)
         ids = torch.tensor([prompts[row] for row in rows], device=next(model.parameters()).device)
         with _plain_settings(model):
             model.generate(
@@ -75,11 +77,17 @@ class _SamplingProcessor:
     """A logits processor that samples a token per row, records it, and masks all other tokens."""
 
     def __init__(
-        self, samples: list[Completion], params: SamplingParams, seeds: list[int], decode: Callable[[list[int]], str]
+        self,
+        rows: list[int],
+        samples: list[Completion],
+        params: SamplingParams,
+        seeds: list[int],
+        decode: Callable[[list[int]], str],
+        on_token: Callable[[int, int, bool], None],
     ) -> None:
-        self.samples, self.params, self.decode = samples, params, decode
+        self.rows, self.samples, self.params, self.decode, self.on_token = rows, samples, params, decode, on_token
         self.uniforms = uniforms(seeds, params.max_tokens)
-        self.open = [True] * len(samples)
+        self.open = [True] * len(rows)
         self.step = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -89,7 +97,9 @@ class _SamplingProcessor:
         tokens, logprobs = broadcast(tokens), broadcast(logprobs)
         for i, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
             if self.open[i]:
-                self.open[i] = not record_token(self.samples[i], token, logprob, self.params, self.decode)
+                row = self.rows[i]
+                self.open[i] = not record_token(self.samples[row], token, logprob, self.params, self.decode)
+                self.on_token(row, token, not self.open[i])
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -147,6 +148,21 @@ class SlotKVCache:
                 layer.lazy_initialization(prefill.keys, prefill.values)
             for buffer, states in ((layer.keys, prefill.keys), (layer.values, prefill.values)):
                 buffer[slots, :, columns] = states[0].transpose(0, 1)[indices].to(buffer.dtype)
+
+    def add_slots(self, more: int) -> None:
+        """Add free slots.
+
+        Args:
+            more: Number of new slots.
+        """
+        self.count += more
+        self.numbers = torch.arange(self.count, device=self.numbers.device)
+        self.positions = F.pad(self.positions, (0, more))
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.keys, layer.values = (
+                    F.pad(states, (0, 0, 0, 0, 0, 0, 0, more)) for states in (layer.keys, layer.values)
+                )
 
     def select(self, kept: Tensor) -> None:
         """Keep only the slots in `kept`, `[n]`, in that order."""

@@ -6,11 +6,14 @@ place. Rows that are admitted together share the computation of equal prompts.
 
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import Cache
 
@@ -46,8 +49,6 @@ log = logging.getLogger(__name__)
 
 class Watch:
     """Observer of an engine's progress; this base class does nothing.
-
-    If the model is sampled with its own `generate`, only `begin` and `end` are called.
 
     Example:
         >>> class Count(Watch):
@@ -142,18 +143,39 @@ class LocalEngine:
     def _generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
     ) -> list[Completion]:
+        with self.decoding(max(len(prompt) for prompt in prompts) + params.max_tokens) as in_slots:
+            if not in_slots:
+                return generate(self.model, prompts, params, seeds, self.decode, self.watch.on_token)
+            rows = [BatchRow(tuple(prompts[i]), params, seeds[i], i) for i in range(len(prompts))]
+            batch = SlotBatch(self)
+            # Longest prompts first, so that buffers rarely grow, and equal prompts together.
+            for row in sorted(rows, key=lambda row: (len(row.prompt), row.prompt, -row.index), reverse=True):
+                batch.add(row)
+            while batch.step():
+                pass
+            return [row.completion for row in rows]
+
+    @contextmanager
+    def decoding(self, length: int) -> Iterator[bool]:
+        """Context manager in which rows are sampled. The numerical check runs first, unless an earlier one covers it.
+
+        Args:
+            length: Number of tokens of the longest row, with its response.
+
+        Yields:
+            True if rows can be sampled with a `SlotBatch`, False if the model needs its own `generate`.
+        """
         with self._sampling():
             if not is_sharded(self.model):
                 # A sliding window or a position scaling that depends on length makes a difference only in long rows, so
                 # check at full length. A sharded model is not checked here, because that needs all ranks at once; the
                 # trainer's forward pass checks it.
-                self.packed_forward.check(max(len(prompt) for prompt in prompts) + params.max_tokens)
+                self.packed_forward.check(length)
             if self._plain is None:
                 self._plain = self._check()
-            if not (self._plain and self.packed_forward.packs):
-                return generate(self.model, prompts, params, seeds, self.decode)
-            with decoding_layers(self.model):
-                return _Batch(self, prompts, params, seeds).run()
+            in_slots = self._plain and self.packed_forward.packs
+            with decoding_layers(self.model) if in_slots else nullcontext():
+                yield in_slots
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
@@ -318,61 +340,145 @@ def _prefixes(prompts: Sequence[Sequence[int]]) -> list[SharedPrefix]:
     return [SharedPrefix(rows=(i,), prefix=len(prompt), branches=(0,)) for i, prompt in enumerate(prompts)]
 
 
-class _Batch:
-    """The state of one `generate` call, in which rows (a prompt with its response so far) move through the slots."""
+@dataclass(eq=False)
+class BatchRow:
+    """A prompt, with its response so far.
 
-    def __init__(
-        self, engine: LocalEngine, prompts: Sequence[Sequence[int]], params: SamplingParams, seeds: Sequence[int]
-    ) -> None:
-        self.engine, self.params = engine, params
-        self.prompts = [tuple(prompt) for prompt in prompts]
-        self.completions = [Completion() for _ in prompts]
-        """The response of each row so far."""
+    Args:
+        prompt: Token ids of the prompt.
+        params: How the response is sampled.
+        seed: Seed of the response.
+        index: Number of the row, for the engine's watch.
+
+    Attributes:
+        completion: The response so far.
+        ended: True if the response is complete.
+
+    Example:
+        >>> row = BatchRow((5, 6, 7), SamplingParams(max_tokens=8), seed=0)
+        >>> row.completion.ids
+        []
+    """
+
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    index: int = 0
+    completion: Completion = field(default_factory=Completion)
+    ended: bool = False
+
+    @property
+    def limit(self) -> int:
+        """Largest possible number of tokens of the row."""
+        return len(self.prompt) + self.params.max_tokens
+
+
+class SlotBatch:
+    """Rows that move through slots of a KV cache. Rows can be added and cancelled between two steps.
+
+    It is used within `LocalEngine.decoding`.
+
+    Args:
+        engine: The engine.
+        eager: Admit a waiting row as soon as a slot is free, so that it waits less. By default rows are admitted when a
+            quarter of the slots is free, so that prompts are computed together.
+
+    Attributes:
+        waiting: Rows without a slot; the last one is admitted first.
+        row_of_slot: The row in each slot; None if the slot is free.
+
+    Example:
+        ```python
+        with engine.decoding() as is_batched:
+            batch = SlotBatch(engine)
+            batch.add(BatchRow(prompt, params, seed=0))
+            while batch.step():
+                pass
+        ```
+    """
+
+    def __init__(self, engine: LocalEngine, eager: bool = False) -> None:
+        self.engine, self.eager = engine, eager
+        self.waiting: deque[BatchRow] = deque()
+        self.row_of_slot: list[BatchRow | None] = []
         self.device = next(engine.model.parameters()).device
-        self.uniforms = uniforms(seeds, params.max_tokens).to(self.device)
-        """Random numbers in [0, 1), one per token of each row, `[rows, max_tokens]`."""
-        # Popped from the end: longest prompts first, so that buffers rarely grow, and equal prompts together.
-        self.waiting = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), self.prompts[i], -i))
-        self.limit = max(len(prompt) for prompt in prompts) + params.max_tokens  # tokens of the longest possible row
-        self.row_of_slot: list[int | None] = [None] * min(engine.slots, len(prompts))
-        """Index of the row in each slot; None if the slot is free."""
-        self.kv_cache = SlotKVCache(engine.layers, len(self.row_of_slot), self.device)
-        self.tokens = torch.zeros(len(self.row_of_slot), dtype=torch.long, device=self.device)
+        self.kv_cache = SlotKVCache(engine.layers, 0, self.device)
+        self.uniforms = torch.zeros(0, 0, device=self.device)
+        """Random numbers in [0, 1), one per token of the response in each slot, `[slots, tokens]`."""
+        self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)
         """Last token of each slot, `[slots]`."""
+        self.limit = 0
+        """Tokens of the longest possible row."""
         # Steps with synchronization between ranks cannot be recorded.
         graphed = engine.cuda_graphs and self.device.type == "cuda" and not engine._synchronized
-        self.step = GraphedStep(engine.step) if graphed else engine.step
+        self._decode = GraphedStep(engine.step) if graphed else engine.step
 
-    def run(self) -> list[Completion]:
-        """Decode until every prompt has its response.
+    def add(self, row: BatchRow) -> None:
+        """Let a row wait for a slot.
 
-        Each iteration admits waiting rows, if at least a quarter of the slots is free, or decodes one token of every
-        slot. When no rows wait, free slots are dropped instead, also a quarter at a time.
+        Args:
+            row: The row; `check_prompts` has accepted its prompt.
         """
-        while True:
-            safe_point()
-            free = [slot for slot, row in enumerate(self.row_of_slot) if row is None]
-            if self.waiting and len(free) * 4 >= len(self.row_of_slot):
-                self._admit(free)
-            elif len(free) == len(self.row_of_slot):
-                return self.completions
-            else:
-                if len(free) * 4 >= len(self.row_of_slot):
-                    self._shrink()
-                self._advance()
+        self.waiting.appendleft(row)
+        self.limit = max(self.limit, row.limit)
+        self.uniforms = F.pad(self.uniforms, (0, max(0, row.params.max_tokens - self.uniforms.shape[1])))
+
+    def cancel(self, row: BatchRow) -> None:
+        """Stop sampling a row, if its response is not complete yet.
+
+        Args:
+            row: A row that was added.
+        """
+        if row in self.waiting:
+            self.waiting.remove(row)
+        elif row in self.row_of_slot:
+            self.row_of_slot[self.row_of_slot.index(row)] = None
+
+    def step(self) -> bool:
+        """Admit waiting rows if enough slots are free, or decode one token of every slot.
+
+        When no rows wait, free slots are dropped, a quarter of them at a time.
+
+        Returns:
+            False if no row is left.
+        """
+        safe_point()
+        if self.waiting:
+            self._grow()
+        free = [slot for slot, row in enumerate(self.row_of_slot) if row is None]
+        is_quarter = len(free) * 4 >= len(self.row_of_slot)
+        if self.waiting and (is_quarter or (self.eager and free)):
+            self._admit(free)
+        elif len(free) == len(self.row_of_slot):
+            return False
+        else:
+            if is_quarter:
+                self._shrink()
+            self._advance()
+        return True
+
+    def _grow(self) -> None:
+        """Add slots for waiting rows, up to the number that the engine allows."""
+        active = len(self.row_of_slot) - self.row_of_slot.count(None)
+        more = min(self.engine.slots, active + len(self.waiting)) - len(self.row_of_slot)
+        if more > 0:
+            self.row_of_slot += [None] * more
+            self.tokens = F.pad(self.tokens, (0, more))
+            self.uniforms = F.pad(self.uniforms, (0, 0, 0, more))
+            self.kv_cache.add_slots(more)
 
     def _admit(self, free: list[int]) -> None:
         """Move waiting rows into free slots; a prompt that several of them share is computed once."""
         admitted = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
-        distinct = list(dict.fromkeys(self.prompts[row] for row in admitted))
+        distinct = list(dict.fromkeys(row.prompt for row in admitted))
         self.kv_cache.reserve(max(len(prompt) for prompt in distinct) + 1, self.limit)
         for token_group in group_by_token_budget(_prefixes(distinct), self.engine.packed_forward.budget(self.device)):
             # Each prompt of the token group, with its index in it.
             prompts = {distinct[prefix.rows[0]]: i for i, prefix in enumerate(token_group)}
-            rows = [row for row in admitted if self.prompts[row] in prompts]
+            rows = [row for row in admitted if row.prompt in prompts]
             self._prefill(prompts, rows, [free.pop() for _ in rows])
 
-    def _prefill(self, prompts: dict[tuple[int, ...], int], rows: list[int], slots: list[int]) -> None:
+    def _prefill(self, prompts: dict[tuple[int, ...], int], rows: list[BatchRow], slots: list[int]) -> None:
         """Compute prompts in one forward pass, and write their keys and values into the slots of the rows with them.
 
         Args:
@@ -381,8 +487,8 @@ class _Batch:
             slots: A free slot for each row.
         """
         prefilled, starts, logits = self.engine.prefill(list(prompts), self.device)
-        which = [prompts[self.prompts[row]] for row in rows]
-        lengths = [len(self.prompts[row]) for row in rows]
+        which = [prompts[row.prompt] for row in rows]
+        lengths = [len(row.prompt) for row in rows]
         columns = torch.cat([torch.arange(length) for length in lengths]).to(self.device)
         repeats = torch.tensor(lengths, device=self.device)
         slot_ids, source = torch.tensor(slots, device=self.device), torch.tensor(which, device=self.device)
@@ -390,6 +496,10 @@ class _Batch:
             prefilled, slot_ids.repeat_interleave(repeats), columns, starts[source].repeat_interleave(repeats) + columns
         )
         self.kv_cache.positions[slot_ids] = repeats
+        numbers = torch.zeros(len(rows), self.uniforms.shape[1])
+        for i, row in enumerate(rows):
+            numbers[i, : row.params.max_tokens] = uniforms([row.seed], row.params.max_tokens)[0]
+        self.uniforms[slot_ids] = numbers.to(self.device)
         for row, slot in zip(rows, slots, strict=True):
             self.row_of_slot[slot] = row
         self._sample(slots, logits[source])
@@ -397,14 +507,12 @@ class _Batch:
     def _advance(self) -> None:
         """Decode one token of every slot."""
         # Positions in use, including that of the token which is fed now.
-        width = max(
-            len(self.prompts[row]) + len(self.completions[row].ids) for row in self.row_of_slot if row is not None
-        )
+        width = max(len(row.prompt) + len(row.completion.ids) for row in self.row_of_slot if row is not None)
         self.kv_cache.width = width
         self.kv_cache.reserve(width, self.limit)
         # Free slots are computed as well and their results ignored; their positions only have to be valid.
         self.kv_cache.positions.clamp_(max=width - 1)
-        logits = self.step(self.kv_cache, self.tokens)
+        logits = self._decode(self.kv_cache, self.tokens)
         self.kv_cache.positions += 1
         self._sample(list(range(len(self.row_of_slot))), logits)
 
@@ -416,25 +524,53 @@ class _Batch:
             logits: Logits of their next token, `[n, V]`.
         """
         rows = [self.row_of_slot[slot] for slot in slots]
-        sampled = [0 if row is None else len(self.completions[row].ids) for row in rows]
-        lengths = torch.tensor(sampled, device=self.device)
-        # A free slot takes the first random number of row 0; its token is ignored below.
-        numbers = self.uniforms[torch.tensor([row or 0 for row in rows], device=self.device), lengths]
-        tokens, logprobs = sample_token(logits, numbers, self.params, lengths)
+        slot_ids = torch.tensor(slots, device=self.device)
+        lengths = torch.tensor([0 if row is None else len(row.completion.ids) for row in rows], device=self.device)
+        numbers = self.uniforms[slot_ids, lengths]
+        tokens, logprobs = _sample_tokens(rows, logits, numbers, lengths)
         # Within a tensor-parallel group only: rounding must not make its ranks sample different tokens.
         tokens, logprobs = broadcast(tokens), broadcast(logprobs)
-        self.tokens[torch.tensor(slots, device=self.device)] = tokens
+        self.tokens[slot_ids] = tokens
         for slot, row, token, logprob in zip(slots, rows, tokens.tolist(), logprobs.tolist(), strict=True):
             if row is None:
                 continue
-            ended = record_token(self.completions[row], token, logprob, self.params, self.engine.decode)
-            if ended:
+            row.ended = record_token(row.completion, token, logprob, row.params, self.engine.decode)
+            if row.ended:
                 self.row_of_slot[slot] = None
-            self.engine.watch.on_token(row, token, ended)
+            self.engine.watch.on_token(row.index, token, row.ended)
 
     def _shrink(self) -> None:
         """Drop free slots once no rows are waiting."""
         kept = torch.tensor([slot for slot, row in enumerate(self.row_of_slot) if row is not None], device=self.device)
         self.row_of_slot = [row for row in self.row_of_slot if row is not None]
-        self.tokens = self.tokens[kept]
+        self.tokens, self.uniforms = self.tokens[kept], self.uniforms[kept]
         self.kv_cache.select(kept)
+
+
+def _sample_tokens(
+    rows: Sequence[BatchRow | None], logits: Tensor, numbers: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sample a token per row; rows with equal settings together. Those of free slots are arbitrary.
+
+    Args:
+        rows: The rows, `[n]`.
+        logits: `[n, V]`.
+        numbers: Random numbers in [0, 1), `[n]`.
+        lengths: Number of tokens sampled so far, `[n]`.
+
+    Returns:
+        Tokens and log-probabilities, see `sample_token`.
+    """
+    groups: dict[Hashable, tuple[SamplingParams, list[int]]] = {}
+    for i, row in enumerate(rows):
+        if row is not None:
+            groups.setdefault(row.params.distribution, (row.params, []))[1].append(i)
+    if len(groups) == 1:
+        [(params, _)] = groups.values()
+        return sample_token(logits, numbers, params, lengths)
+    tokens = torch.zeros_like(lengths)
+    logprobs = torch.zeros_like(numbers, dtype=torch.promote_types(logits.dtype, torch.float32))
+    for params, members in groups.values():
+        which = torch.tensor(members, device=logits.device)
+        tokens[which], logprobs[which] = sample_token(logits[which], numbers[which], params, lengths[which])
+    return tokens, logprobs

@@ -1,6 +1,6 @@
 """Sampling a token from logits with one uniform number per row, so that a row's tokens do not depend on other rows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -62,6 +62,12 @@ class SamplingParams:
     def at(self, temperature: float | None) -> "SamplingParams":
         """The parameters with another temperature; unchanged for None."""
         return self if temperature is None else replace(self, temperature=temperature)
+
+    @property
+    def distribution(self) -> Hashable:
+        """The settings that the distribution of a token depends on."""
+        early = self.stop_token_ids if self.min_tokens else ()
+        return self.temperature, self.top_p, self.top_k, self.min_p, self.min_tokens, early
 
     @property
     def cuts(self) -> list[str]:

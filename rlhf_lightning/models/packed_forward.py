@@ -102,6 +102,11 @@ class PackedForward:
         """True if rows are packed and prompts are shared."""
         return installed(self.config)
 
+    @property
+    def checked_length(self) -> int:
+        """Number of tokens up to which `check` has compared rows without gradients."""
+        return self._checked[False]
+
     def __call__(self, input_ids: Tensor, wanted: Tensor, prefixes: Tensor) -> Hidden:
         """Compute hidden states where `wanted` is True.
 

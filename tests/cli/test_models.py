@@ -13,7 +13,7 @@ from rlhf_lightning import PreferenceDataModule, PreferenceModule, SFTDataModule
 from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.evaluation.chat import Conversation, Stream
+from rlhf_lightning.evaluation.chat import Conversation
 from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.files import visible
 from rlhf_lightning.models import export as exporting
@@ -115,24 +115,6 @@ def test_conversation_that_is_too_long_is_refused_and_kept(base: str, monkeypatc
     piped(monkeypatch, "Count " * 100 + "\n")
     assert "start a new conversation with /new" in mistake(["chat", base, "--max_tokens", "200"], capsys)
     assert "--max_tokens" in mistake(["chat", base, "--max_tokens", "0"], capsys)
-
-
-class Letters:
-    """A renderer whose ids are bytes and whose stop text is 'END'."""
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(ids).decode("utf-8", "replace").partition("END")[0].strip()
-
-
-def test_stream_holds_back_text_that_may_change() -> None:
-    pieces: list[str] = []
-    stream = Stream(Letters(), ["END"], pieces.append)
-    text = "Grüße, EN route END"
-    for token in text.encode():
-        stream.on_token(0, token, False)
-    assert stream.rest(list(text.encode())) == "Grüße, EN route"
-    assert "".join(pieces) == "Grüße, EN route"
-    assert "�" not in "".join(pieces)
 
 
 # -- export -----------------------------------------------------------------------------------------------------------
