@@ -12,7 +12,7 @@ from rlhf_lightning.cli.stage import StageCLI
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.pipeline.plan import merged, nested, read_plan
 from rlhf_lightning.pipeline.run import run_pipeline
-from tests.helpers.cli import KINDS, rlhf, rlhf_process, stage_config, write_yaml
+from tests.helpers.cli import KINDS, rlhf, stage_config, write_yaml
 from tests.helpers.rows import prompts, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +57,7 @@ def test_stage_is_skipped_refused_restarted_and_predicts(base: str, tmp_path: Pa
     """A stage runs, is skipped when it runs again, is refused with other settings, starts over, and predicts."""
     config = write_yaml(tmp_path / "sft.yaml", stage_config("sft", base, tmp_path))
     args = ["sft", "fit", "-c", config, "--trainer.default_root_dir", str(tmp_path / "run")]
-    out = rlhf_process(*args)
+    out = rlhf(*args)
     assert "12 rows read" in out
     assert "step 3/3" in out
     run = tmp_path / "run"

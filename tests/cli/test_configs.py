@@ -43,16 +43,16 @@ def kind_of(path: Path) -> str:
     return KINDS[path.stem.rpartition("_")[2]]
 
 
-@pytest.fixture
-def judge(base: str, tmp_path: Path) -> str:
-    return reward_model(base, tmp_path / "judge", 4)
+@pytest.fixture(scope="module")
+def judge(base: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    return reward_model(base, tmp_path_factory.mktemp("judge"), 4)
 
 
-@pytest.fixture
-def base(tmp_path: Path, tokenizer: Any) -> str:
-    folder = tmp_path / "base"
-    build_model(tokenizer, max_position_embeddings=4096).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, session_tokenizer: Any) -> str:
+    folder = tmp_path_factory.mktemp("base")
+    build_model(session_tokenizer, max_position_embeddings=4096).save_pretrained(folder)
+    session_tokenizer.save_pretrained(folder)
     return str(folder)
 
 

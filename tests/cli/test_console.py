@@ -51,10 +51,19 @@ def test_run_continues_when_the_reader_of_its_output_exits(base: str, tmp_path: 
     assert "model folder" in log
 
 
-def test_run_without_standard_streams(base: str, tmp_path: Path) -> None:
-    line = " ".join([*RLHF, *command(base, tmp_path), ">&-", "2>&-", "<&-"])
-    out = subprocess.run(["bash", "-c", line], timeout=100, check=False)
-    assert out.returncode == 0
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_run_without_standard_streams(forked: bool, base: str, tmp_path: Path) -> None:
+    def closed() -> None:
+        """The streams as Python finds them after `>&- 2>&- <&-`."""
+        os.closerange(0, 3)
+        for name in ("stdin", "stdout", "stderr"):
+            setattr(sys, name, None)
+
+    if forked:
+        assert Run(command(base, tmp_path), tmp_path / "out.txt", closed).wait() == 0
+    else:
+        line = " ".join([*RLHF, *command(base, tmp_path), ">&-", "2>&-", "<&-"])
+        assert subprocess.run(["bash", "-c", line], timeout=100, check=False).returncode == 0
     assert finished(tmp_path)
     assert "model folder" in (tmp_path / "run" / "logs" / "run.log").read_text()
 

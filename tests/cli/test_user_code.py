@@ -68,7 +68,12 @@ def test_model_folder_is_not_imported_as_a_package(folder: Path) -> None:
     assert not found("megatron")
 
 
-@pytest.mark.parametrize("start", [["-m", "rlhf_lightning"], ["-P", "-c", f"{ENTRY}; main()"]])
+# With `-m`, Python itself adds the current folder; `-P` is the `rlhf` script, where only the command could.
+@pytest.mark.parametrize(
+    "start",
+    [["-m", "rlhf_lightning"], pytest.param(["-P", "-c", f"{ENTRY}; main()"], marks=pytest.mark.slow)],
+    ids=["-m", "script"],
+)
 def test_command_does_not_import_from_the_current_folder(start: list[str], tmp_path: Path) -> None:
     """Modules in the folder have the names of libraries that may or may not be installed."""
     code = "import pathlib\npathlib.Path('ran').write_text(__name__)\n"
