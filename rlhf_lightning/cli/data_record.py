@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypedDict
 
+from rlhf_lightning.data.mixing import inner_sources
 from rlhf_lightning.data.names import check_there
 from rlhf_lightning.data.records import Source, fingerprint, hashed_files
 from rlhf_lightning.data.task_sources import is_task
@@ -75,7 +76,7 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
 
 
 def _facts(source: Source, before: SourceRecord | None) -> SourceRecord:
-    items = source if isinstance(source, list) else [source]
+    items = [item for inner in inner_sources(source) for item in (inner if isinstance(inner, list) else [inner])]
     files = [file for item in items if isinstance(item, str | os.PathLike) for file in hashed_files(item)]
     stats: dict[str, JSON] = {str(file): [(facts := file.stat()).st_size, facts.st_mtime_ns] for file in files}
     known = before is not None and bool(stats) and before["files"] == stats

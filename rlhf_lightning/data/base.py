@@ -2,8 +2,10 @@
 
 import logging
 from abc import abstractmethod
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic
 
@@ -11,7 +13,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.agreement import Fact, require_agreement, rows_facts
-from rlhf_lightning.data.batching import BatchT, ExampleT, RowLoader, ShardSpec, run_seed
+from rlhf_lightning.data.batching import BatchT, DrawCounts, ExampleT, RowLoader, ShardSpec, run_seed
 from rlhf_lightning.data.columns import (
     TRAINING_COLUMNS,
     is_empty,
@@ -20,6 +22,7 @@ from rlhf_lightning.data.columns import (
     refuse_unused_names,
 )
 from rlhf_lightning.data.containers import settled
+from rlhf_lightning.data.mixing import STOPPING, Mixture, inner_sources
 from rlhf_lightning.data.records import (
     LocatedRow,
     Reading,
@@ -72,6 +75,9 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             as recorded in the model's `stage.json`, else none.
         tokenizer: Tokenizer, or its folder or Hub id; by default that of the model.
         seed: Seed of the row order; by default that of the run.
+        stopping_strategy: When an epoch of several weighted sources ends: `first_exhausted` when a source has no rows
+            left, `all_exhausted` when each source has given all of its rows once, while shorter sources start over, or
+            `all_exhausted_without_replacement` when all rows have been given once.
         show_example: Log one rendered row with its loss mask.
 
     Raises:
@@ -100,6 +106,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         tools: list[Any] | str | None = None,
         tokenizer: Any = None,
         seed: int | None = None,
+        stopping_strategy: str = "first_exhausted",
         show_example: bool = True,
     ) -> None:
         super().__init__()
@@ -115,7 +122,17 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         for name, value in (("columns", columns), ("template_kwargs", template_kwargs)):
             if not isinstance(value or {}, Mapping):
                 raise ConfigError(f"data.{name} is {value!r}; it must be a mapping of column names")
+        if stopping_strategy not in STOPPING:
+            raise ConfigError(
+                f"data.stopping_strategy is {stopping_strategy!r}; it must be one of {', '.join(STOPPING)}"
+            )
+        self.mixture = Mixture.of(train, stopping_strategy)
+        if self.mixture is not None:
+            train = [replace(one, source=settled(one.source)) for one in self.mixture.sources]
         given = {"train": train, "validation": validation, "test": test, "predict": predict}
+        for name in ("validation", "test", "predict"):
+            if Mixture.of(given[name]) is not None:
+                raise ConfigError(f"data.{name} has weights, which only data.train takes; give a list of the files")
         self.sources: dict[str, Source | None] = {name: settled(source) for name, source in given.items()}
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         if seed is not None:
@@ -136,6 +153,8 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         """Model that rows are rendered for, if there is no trainer with a module."""
         self.shared: Row = {}
         """`system` and `tools`, if all rows of `train` share them."""
+        self.train_loader: DrawCounts | None = None
+        """The loader of training batches, once it exists."""
         self._renderer: Renderer | None = None
 
     # -- for subclasses -------------------------------------------------------------------------------------------
@@ -218,7 +237,8 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
                 self._prepare("train", required=True)
             return
         reading = Reading()
-        rows = self.read(source, name, reading)
+        inner = [self.read(one, name, reading) for one in inner_sources(source)]
+        rows = [row for rows in inner for row in rows]
         self._truncated = 0
         if name == "train":
             self.renderer.asked, self.renderer.openings = set(), ResponseStarts()
@@ -227,12 +247,16 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         convert = self.converter(name, unused, used)
         keys: list[RowKey] = []
         row_of: list[int] = []
+        source_of: list[int] = []
+        ends = list(accumulate(len(rows) for rows in inner))
 
         def keyed(data: Row) -> Sequence[ExampleT]:
             examples = convert(data)
             if name != "predict":
                 row_of.extend([len(keys)] * len(examples))
                 keys.append(self.key(data))
+                if self.mixture is not None and name == "train":
+                    source_of.append(bisect_right(ends, reading.rows - 1))
             return examples
 
         converted = convert_rows(rows, keyed, reading, self.on_bad_row, self.columns)
@@ -243,7 +267,9 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
                 example.index = index
             if keys:
                 keys[row_of[index]].where = getattr(example, "where", "")
-        self.prepared[name] = Prepared(converted, reading, truncated=self._truncated, keys=keys, row_of=row_of)
+        self.prepared[name] = Prepared(
+            converted, reading, truncated=self._truncated, keys=keys, row_of=row_of, source_of=source_of
+        )
         self._summarize(name, source)
         if unused:
             log.info("%s: columns not used: %s", name, ", ".join(unused))
@@ -314,7 +340,9 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         return keys_of(rows, self.key, self.columns)
 
     def train_dataloader(self) -> Iterable[StepBatch]:
-        return self._loader("train", self.batch_size, shuffle=not getattr(self.trainer, "overfit_batches", 0))
+        shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        self.train_loader = loader = self._loader("train", self.batch_size, shuffle, self.mixture)
+        return loader
 
     def val_dataloader(self) -> Iterable[StepBatch]:
         return self._loader("validation", self.eval_batch_size) if "validation" in self.prepared else []
@@ -325,7 +353,9 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
     def predict_dataloader(self) -> Iterable[StepBatch]:
         return self._loader("predict", self.eval_batch_size)
 
-    def _loader(self, name: str, batch_size: int, shuffle: bool = False) -> RowLoader[ExampleT, BatchT]:
+    def _loader(
+        self, name: str, batch_size: int, shuffle: bool = False, mixture: Mixture | None = None
+    ) -> RowLoader[ExampleT, BatchT]:
         if name not in self.prepared:
             raise ConfigError(f"the rows of data.{name} are not read yet; call setup() first, as the Trainer does")
         return RowLoader(
@@ -335,6 +365,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             shuffle=shuffle,
             seed=self.seed,
             shard_spec=shard_spec_of(self.trainer, training=name == "train"),
+            order=self.prepared[name].order(mixture, self.seed),
         )
 
     # -- rendering ------------------------------------------------------------------------------------------------
@@ -424,14 +455,25 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
 
     def row_counts(self) -> dict[str, JSON]:
         """Name, number of rows and number of examples of each source that was read, for the model card."""
+        counts: dict[str, JSON] = {}
+        for name, prepared in self.prepared.items():
+            if name == "predict":
+                continue
+            one: dict[str, JSON] = {"rows": prepared.reading.rows, "examples": len(prepared.rows)}
+            if name == "train" and (order := prepared.order(self.mixture, self.seed)) is not None:
+                one["sources"] = self._mixture_counts([len(examples) for examples in order.examples])
+            else:
+                one["source"] = _named(self.sources.get(name), f"held out of train ({self.validation_split})")
+            counts[name] = one
+        return counts
+
+    def _mixture_counts(self, examples: Sequence[int]) -> dict[str, JSON]:
+        """Source, weight, number of examples, and number of examples trained on, of each source of the mixture."""
+        sources = self.mixture.sources if self.mixture is not None else []
+        drawn = self.train_loader.drawn() if self.train_loader is not None else [0] * len(sources)
         return {
-            name: {
-                "source": _named(self.sources.get(name), f"held out of train ({self.validation_split})"),
-                "rows": prepared.reading.rows,
-                "examples": len(prepared.rows),
-            }
-            for name, prepared in self.prepared.items()
-            if name != "predict"
+            one.name: {"source": _named(one.source, ""), "weight": one.weight, "examples": count, "drawn": trained}
+            for one, count, trained in zip(sources, examples, drawn, strict=True)
         }
 
     @rank_zero_only
@@ -452,6 +494,18 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             len(prepared.reading.skipped),
             prepared.reading.blank,
         )
+        if name == "train" and (order := prepared.order(self.mixture, self.seed)) is not None:
+            log.info(
+                "an epoch has %d examples (%s): %s",
+                len(order),
+                order.mixture.stopping,
+                ", ".join(
+                    f"{given} of {one.name}, which has {len(examples)}"
+                    for one, given, examples in zip(
+                        order.mixture.sources, order.drawn(1, len(order), 0), order.examples, strict=True
+                    )
+                ),
+            )
         for message in prepared.reading.skipped[:3]:
             log.warning("skipped %s", message)
         if self.show_example and name in ("train", "predict"):

@@ -1,14 +1,17 @@
 """Makes batches from rows: padding, the order of an epoch, and the denominators of losses."""
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count as natural_numbers
 from itertools import pairwise
 from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from rlhf_lightning.data.mixing import Mixture, epoch_sources
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.types import Counts, StepBatch, TokenBatch, Tokenizer
 
@@ -34,6 +37,13 @@ ExampleT = TypeVar("ExampleT", bound=Example)
 BatchT = TypeVar("BatchT", bound=StepBatch)
 
 
+class DrawCounts(Protocol):
+    """A loader that knows how often the sources of a mixture were used."""
+
+    def drawn(self) -> list[int]:
+        """Number of rows that each source of the mixture has given since training began; empty without a mixture."""
+
+
 @dataclass(frozen=True)
 class ShardSpec:
     """The part of each epoch that a rank takes.
@@ -57,6 +67,70 @@ class ShardSpec:
     """Number of batches per epoch if the Trainer limits it (`limit_train_batches`)."""
 
 
+class MixedOrder:
+    """The order of the examples of a mixture in memory.
+
+    In every epoch, and each time that a source starts over, the examples of a source are shuffled anew.
+
+    Args:
+        mixture: The sources and their weights.
+        source_of: Index of the source of each example.
+        seed: Seed of the order within a source.
+
+    Raises:
+        ConfigError: If a source has no examples.
+
+    Example:
+        >>> mixture = Mixture.of({"a": {"source": "a.jsonl"}, "b": {"source": "b.jsonl"}})
+        >>> order = MixedOrder(mixture, source_of=[0, 0, 1, 1, 1])
+        >>> len(order), order.epoch(0, shuffle=False)
+        (4, [0, 2, 1, 3])
+    """
+
+    def __init__(self, mixture: Mixture, source_of: Sequence[int], seed: int = 0) -> None:
+        self.mixture, self.seed = mixture, seed
+        self.examples: list[list[int]] = [[] for _ in mixture.sources]
+        """Indices of the examples of each source."""
+        for example, source in enumerate(source_of):
+            self.examples[source].append(example)
+        for one, examples in zip(mixture.sources, self.examples, strict=True):
+            if not examples:
+                raise ConfigError(f"data.train: {one.name} has no rows to train on; remove it or hold out fewer rows")
+        self.sources = epoch_sources([len(examples) for examples in self.examples], mixture)
+        """The source of each example of an epoch, the same in every epoch."""
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def epoch(self, epoch: int, shuffle: bool) -> list[int]:
+        """Indices of examples in the order of an epoch."""
+        found = [self._of_source(source, epoch, shuffle) for source in range(len(self.examples))]
+        return [next(found[source]) for source in self.sources]
+
+    def _of_source(self, source: int, epoch: int, shuffle: bool) -> Iterator[int]:
+        examples = self.examples[source]
+        for again in natural_numbers():
+            yield from (examples[i] for i in _order(len(examples), (self.seed, source, epoch, again), shuffle))
+
+    def drawn(self, epochs: int, per_epoch: int, rows: int) -> list[int]:
+        """Number of examples that each source has given.
+
+        Args:
+            epochs: Number of complete epochs.
+            per_epoch: Number of examples in each of them.
+            rows: Number of examples of the epoch that is not complete.
+        """
+        whole, part = Counter(self.sources[:per_epoch]), Counter(self.sources[:rows])
+        return [epochs * whole[source] + part[source] for source in range(len(self.examples))]
+
+
+def _order(size: int, seed: Sequence[int], shuffle: bool) -> list[int]:
+    """The indices below `size`, in random order with `shuffle`."""
+    if not shuffle:
+        return list(range(size))
+    return torch.randperm(size, generator=torch.Generator().manual_seed(mix_seeds(*seed))).tolist()
+
+
 class RowLoader(Generic[ExampleT, BatchT]):
     """A sized and stateful loader over rows in memory.
 
@@ -75,6 +149,7 @@ class RowLoader(Generic[ExampleT, BatchT]):
         shuffle: Use a new order in each epoch, determined by the seed and the epoch.
         seed: Seed of the order.
         shard_spec: Called at the start of each epoch.
+        order: Order of the rows of a mixture; by default each row occurs once in an epoch.
 
     Example:
         ```python
@@ -92,11 +167,13 @@ class RowLoader(Generic[ExampleT, BatchT]):
         shuffle: bool = False,
         seed: int = 0,
         shard_spec: Callable[[], ShardSpec] = ShardSpec,
+        order: MixedOrder | None = None,
     ) -> None:
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
-        self.shuffle, self.seed, self.shard_spec = shuffle, seed, shard_spec
+        self.shuffle, self.seed, self.shard_spec, self.order = shuffle, seed, shard_spec, order
         self.position = self._start = 0
         """Number of batches of this epoch that were taken; 0 at its end."""
+        self._epoch: int | None = None
 
     @property
     def dataset(self) -> Sequence[ExampleT]:
@@ -104,7 +181,8 @@ class RowLoader(Generic[ExampleT, BatchT]):
         return self.rows
 
     def __len__(self) -> int:
-        return -(-len(self.rows) // (self.batch_size * self.shard_spec().world))
+        rows = len(self.rows) if self.order is None else len(self.order)
+        return -(-rows // (self.batch_size * self.shard_spec().world))
 
     def __iter__(self) -> Iterator[BatchT]:
         # Only a loaded state sets the start: an epoch that ended early (sanity check, limited batches) must not be
@@ -112,7 +190,8 @@ class RowLoader(Generic[ExampleT, BatchT]):
         start, self._start = self._start, 0
         self.position = start
         shard_spec = self.shard_spec()
-        batches = min(len(self), shard_spec.limit or len(self))
+        self._epoch = shard_spec.epoch
+        batches = self._batches(shard_spec)
         order = self._order(shard_spec.epoch)
         for first in range(0, batches, shard_spec.accumulate):
             micro = min(shard_spec.accumulate, batches - first)
@@ -122,12 +201,24 @@ class RowLoader(Generic[ExampleT, BatchT]):
                 self.position = (k + 1) % batches
                 yield batch
 
+    def _batches(self, shard_spec: ShardSpec) -> int:
+        """Number of batches of an epoch, which `limit_train_batches` may cut short."""
+        return min(len(self), shard_spec.limit or len(self))
+
     def _order(self, epoch: int) -> list[int]:
         """Row indices in the order of an epoch."""
-        if not self.shuffle:
-            return list(range(len(self.rows)))
-        generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
-        return torch.randperm(len(self.rows), generator=generator).tolist()
+        if self.order is not None:
+            return self.order.epoch(epoch, self.shuffle)
+        return _order(len(self.rows), (self.seed, epoch), self.shuffle)
+
+    def drawn(self) -> list[int]:
+        """See `DrawCounts`."""
+        if self.order is None:
+            return []
+        shard_spec = self.shard_spec()
+        per_batch = self.batch_size * shard_spec.world
+        epochs = complete_epochs(self._epoch, self.position, shard_spec)
+        return self.order.drawn(epochs, self._batches(shard_spec) * per_batch, self.position * per_batch)
 
     def _window(
         self, order: list[int], first: int, micro: int, shard_spec: ShardSpec, start: int
@@ -162,6 +253,17 @@ class RowLoader(Generic[ExampleT, BatchT]):
                 f"{world} ranks, so rows would be repeated or left out. Resume with the same number of devices, or "
                 "from a checkpoint at the end of an epoch (--ckpt_path)."
             )
+
+
+def complete_epochs(begun: int | None, position: int, shard_spec: ShardSpec) -> int:
+    """Number of epochs that a loader has completed.
+
+    Args:
+        begun: The epoch that it began last; None if it did not begin any since the run was started or resumed.
+        position: Number of batches of that epoch that were taken; 0 at its end.
+        shard_spec: The trainer's epoch, which also counts an epoch that `max_steps` ends early.
+    """
+    return shard_spec.epoch if begun is None else begun + (position == 0)
 
 
 def split_evenly(rows: Sequence[T], parts: int) -> list[list[T]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_lightning.data.containers import Container, library
 from rlhf_lightning.data.files import SUFFIXES, is_saved_dataset, local_files, place
+from rlhf_lightning.data.mixing import Mixture
 from rlhf_lightning.data.task_sources import check_task, is_task, is_task_installed
 from rlhf_lightning.errors import DataError
 from rlhf_lightning.files import check_files_in
@@ -52,6 +53,8 @@ def is_here(source: Container, texts: bool = False) -> bool:
         source: The source.
         texts: If True, strings in a list are rows unless they end like file names.
     """
+    if (mixture := Mixture.of(source)) is not None:
+        return all(is_here(one.source, texts) for one in mixture.sources)
     if isinstance(source, str) and is_task(source):
         return is_task_installed(source)
     if isinstance(source, str | os.PathLike):

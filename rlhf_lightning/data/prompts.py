@@ -1,11 +1,11 @@
 """Data module for policy RL: prompts to answer, or recorded episodes to learn from."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from rlhf_lightning.data.base import RowDataModule
-from rlhf_lightning.data.batching import Example
+from rlhf_lightning.data.batching import DrawCounts, Example
 from rlhf_lightning.data.columns import refuse_media, refuse_weight, unmarked, with_system
 from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas
 from rlhf_lightning.data.records import RowError, Source, require, require_list
@@ -69,6 +69,12 @@ class PromptBatch(StepBatch):
     """1 for each prompt; 0 for a prompt that is only there so that each rank has one."""
 
 
+class RoundLoader(DrawCounts, Protocol):
+    """Interface of the loader of rounds."""
+
+    def __iter__(self) -> Iterator[RolloutBatch]: ...
+
+
 @runtime_checkable
 class RolloutSource(Protocol):
     """Interface of the module that makes the episodes."""
@@ -76,7 +82,7 @@ class RolloutSource(Protocol):
     def recorded_episode(self, data: Row) -> Sequence[Example]:
         """The example of a recorded episode."""
 
-    def rollout_loader(self, data: "PromptDataModule") -> Iterable[RolloutBatch]:
+    def rollout_loader(self, data: "PromptDataModule") -> "RoundLoader":
         """The loader of a round's batches around the prompts of the data module."""
 
 
@@ -191,6 +197,13 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
             **kwargs,
         )
         self.recorded = episodes is not None
+        if self.mixture is not None and self.recorded:
+            raise ConfigError("data.episodes has weights, which only data.train takes; give a list of the files")
+        if self.mixture is not None and self.mixture.stopping == "all_exhausted":
+            raise ConfigError(
+                "data.stopping_strategy is all_exhausted, but a prompt must not occur twice in a round; choose "
+                "first_exhausted or all_exhausted_without_replacement"
+            )
         if self.recorded and self.validation_split:
             raise ConfigError(
                 "data.validation_split holds out prompts of data.train, but data.episodes is set; use data.validation "
@@ -253,4 +266,6 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
 
     def train_dataloader(self) -> Iterable[RolloutBatch]:
         """The module's rollout loader, which wraps the loader of prompts."""
-        return self.module.rollout_loader(self)
+        loader = self.module.rollout_loader(self)
+        self.train_loader = loader
+        return loader

@@ -25,6 +25,7 @@ from rlhf_lightning.data.containers import (
     unfilled,
 )
 from rlhf_lightning.data.files import SUFFIXES, Wanted, file_items, is_saved_dataset, line_row, local_files, place
+from rlhf_lightning.data.mixing import Mixture
 from rlhf_lightning.data.names import check_there, hub_dataset, is_here, is_stream, load_saved
 from rlhf_lightning.data.tables import Cells, Item, cell
 from rlhf_lightning.data.task_sources import is_task, task_items, task_version
@@ -123,7 +124,7 @@ def read_rows(
         source: A file name, a pattern, a folder of parts, a task of another package (see `data.task_sources`), or a Hub
             id (`owner/name`, `owner/name:split` or `owner/name:configuration/split`); a list of dicts, of such names,
             or of strings (with `text_key`); a dict of columns or of splits; a pandas or polars frame, an Arrow table,
-            or a dataset of `datasets`.
+            or a dataset of `datasets`; or a mixture of these (`data.mixing`), whose rows are read one after another.
         text_key: If set, a line of a text file, or a string instead of a row, becomes `{text_key: line}`.
         reading: Receives counts.
         split: The split to read.
@@ -172,6 +173,9 @@ def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
     elif isinstance(source, bytes | bytearray | set | frozenset) or hasattr(source, "readline"):
         advice = "it has no order; give a list" if isinstance(source, set | frozenset) else "give the path of a file"
         raise DataError(f"rows cannot be read from a {name}: {advice}")
+    elif (mixture := Mixture.of(source)) is not None:
+        for one in mixture.sources:
+            yield from _items(one.source, wanted)
     elif isinstance(source, Mapping):
         inner = of_mapping(source, wanted.split, name)
         yield from _items(inner, wanted, name if isinstance(inner, list) else "")
@@ -250,6 +254,9 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
     """
     if source is None:
         return None
+    if (mixture := Mixture.of(source)) is not None:
+        parts = [[one.name, one.weight, fingerprint(one.source, split)] for one in mixture.sources]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if isinstance(source, Mapping):
         source = of_mapping(source, split, type(source).__name__)
     if is_stream(source):

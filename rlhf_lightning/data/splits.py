@@ -9,7 +9,8 @@ from typing import Generic, TypeAlias
 
 import torch
 
-from rlhf_lightning.data.batching import ExampleT
+from rlhf_lightning.data.batching import ExampleT, MixedOrder
+from rlhf_lightning.data.mixing import Mixture
 from rlhf_lightning.data.records import LocatedRow, Reading, RowError, rename_columns
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.types import JSON, Message, Row, ToolSchema
@@ -106,6 +107,8 @@ class Prepared(Generic[ExampleT]):
     """Key of each used row."""
     row_of: list[int] = field(default_factory=list)
     """Index in `keys` of the row of each example."""
+    source_of: list[int] = field(default_factory=list)
+    """Index of the source of each row of a mixture; empty if there is one source."""
 
     def part(self, rows: list[int]) -> "Prepared[ExampleT]":
         """The examples of the given rows, in that order."""
@@ -118,7 +121,14 @@ class Prepared(Generic[ExampleT]):
             self.reading,
             keys=[self.keys[row] for row in rows],
             row_of=[place for place, found in enumerate(chosen) for _ in found],
+            source_of=[self.source_of[row] for row in rows] if self.source_of else [],
         )
+
+    def order(self, mixture: Mixture | None, seed: int) -> MixedOrder | None:
+        """The order of the examples of a mixture; None if there is one source."""
+        if mixture is None:
+            return None
+        return MixedOrder(mixture, [self.source_of[row] for row in self.row_of], seed)
 
 
 def row_key(prompt: Keyed, rest: Keyed, blank: bool = False) -> RowKey:
@@ -274,7 +284,7 @@ def hold_out(train: Prepared[ExampleT], split: float, seed: int) -> Prepared[Exa
         )
     validation, kept = train.part(held), train.part(sorted(set(range(size)) - set(held)))
     validation.reading = Reading(len(held))
-    train.rows, train.keys, train.row_of = kept.rows, kept.keys, kept.row_of
+    train.rows, train.keys, train.row_of, train.source_of = kept.rows, kept.keys, kept.row_of, kept.source_of
     log.info(
         "validation: %d of %d rows held out of the training data (%d examples, %d prompts)%s",
         len(held),

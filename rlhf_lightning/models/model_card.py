@@ -157,8 +157,19 @@ def _data(sources: Mapping[str, JSON]) -> Iterator[str]:
     if sources:
         yield "## Data\n"
         each = {name: _object(one) for name, one in sources.items()}
-        rows = [(name, one.get("source"), one.get("rows"), one.get("examples")) for name, one in each.items()]
+        mixtures = {name: _object(one.get("sources")) for name, one in each.items()}
+        rows = [
+            (name, one.get("source") or ", ".join(mixtures[name]), one.get("rows"), one.get("examples"))
+            for name, one in each.items()
+        ]
         yield from _table(("use", "source", "rows", "examples"), rows)
+        mixed = [(name, _object(one)) for mixture in mixtures.values() for name, one in mixture.items()]
+        if mixed:
+            yield "The training rows are a mixture:\n"
+            columns = ("source", "weight", "examples", "drawn")
+            yield from _table(
+                ("name", *columns), [(name, *(one.get(column) for column in columns)) for name, one in mixed]
+            )
 
 
 def _settings(settings: Mapping[str, JSON], facts: Mapping[str, JSON]) -> Iterator[str]:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from rlhf_lightning.data.base import shard_spec_of
-from rlhf_lightning.data.batching import run_seed
+from rlhf_lightning.data.batching import MixedOrder, run_seed
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, PromptDataModule, kept_prompts
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
@@ -573,7 +573,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             if self.prompt_sampler is not None:
                 indices = [prompt.index for prompt in prompts]
                 draw = partial(self.prompt_sampler.order, indices=indices, seed=data.seed)
-            self.rollouts = self._loader(data, prompts, collect, where, self.producer, draw)
+            order = data.prepared["train"].order(data.mixture, data.seed)
+            self.rollouts = self._loader(data, prompts, collect, where, self.producer, draw, order)
         return self.rollouts
 
     def _make_producer(self, group_size: int) -> RolloutProducer:
@@ -632,6 +633,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         where: Mapping[int, str],
         producer: Producer[T] | None = None,
         draw: Callable[[int, int], list[int]] | None = None,
+        order: MixedOrder | None = None,
     ) -> RolloutDataLoader[T]:
         return RolloutDataLoader(
             items,
@@ -646,11 +648,16 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             where=where,
             producer=producer,
             draw=draw,
+            order=order,
         )
 
     def _check_data(self, data: PromptDataModule, recorded: Sequence[Recorded], prompts: Sequence[Prompt]) -> None:
         """Raise `ConfigError` if the module and the data module are incompatible."""
         check_rounds(data, self.objective, self.trainer.accumulate_grad_batches)
+        if data.mixture is not None and self.prompt_sampler is not None:
+            raise ConfigError(
+                "model.curriculum chooses prompts, so data.train must not have weights; remove one of them"
+            )
         if data.recorded:
             if self.prompt_sampler is not None:
                 raise ConfigError("model.curriculum chooses prompts, but data.episodes are recorded; leave it out")

@@ -8,7 +8,16 @@ from typing import Any, Generic, NamedTuple, NotRequired, Protocol, TypedDict, T
 import torch
 from torch import Tensor
 
-from rlhf_lightning.data.batching import ShardSpec, mix_seeds, pad_right, pad_tokens, split_evenly, total_counts
+from rlhf_lightning.data.batching import (
+    MixedOrder,
+    ShardSpec,
+    complete_epochs,
+    mix_seeds,
+    pad_right,
+    pad_tokens,
+    split_evenly,
+    total_counts,
+)
 from rlhf_lightning.distributed import RoundLeft, gather, leave_if, safe_points
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rollout.producer import ProducerState
@@ -87,6 +96,7 @@ class RolloutDataLoader(Generic[T]):
         producer: Samples the rounds that `collect` returns, ahead of training; None if `collect` samples.
         draw: Called at the start of each epoch with the epoch and `items_per_round`; returns the positions of its items
             in order, as many as there are. By default each item occurs once, in random order.
+        order: Order of the items of a mixture.
 
     Raises:
         ConfigError: On iteration, if an optimizer step would span two rounds.
@@ -114,14 +124,17 @@ class RolloutDataLoader(Generic[T]):
         where: Mapping[int, str] | None = None,
         producer: Producer[T] | None = None,
         draw: Callable[[int, int], list[int]] | None = None,
+        order: MixedOrder | None = None,
     ) -> None:
         self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
-        self.items_per_round = min(items_per_round, len(items))
+        self.order, self.items_per_epoch = order, len(items) if order is None else len(order)
+        self.items_per_round = min(items_per_round, self.items_per_epoch)
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.shard_spec, self.shuffle, self.where, self.producer = shard_spec, shuffle, where or {}, producer
         self.draw = draw
         self.position = self._start = 0
         """See `LoaderState.position`."""
+        self._epoch: int | None = None
         self.interruption: Interruption | None = None
         """Set by the checkpoint callback, to stop on a signal while a round is collected. None if a round is always
         finished, as with a sharded model."""
@@ -131,7 +144,7 @@ class RolloutDataLoader(Generic[T]):
     @property
     def rounds(self) -> int:
         """Number of rounds in an epoch."""
-        return -(-len(self.items) // self.items_per_round)
+        return -(-self.items_per_epoch // self.items_per_round)
 
     @property
     def at_round_start(self) -> bool:
@@ -153,6 +166,7 @@ class RolloutDataLoader(Generic[T]):
                 f"data.minibatches ({self.minibatches}) must be a multiple of trainer.accumulate_grad_batches "
                 f"({shard_spec.accumulate}), because an optimizer step must not span two rounds"
             )
+        self._epoch = shard_spec.epoch
         # Only a loaded state sets the start. An epoch that was cut short (limit_train_batches) is not continued.
         start, self._start = self._start, 0
         self.position = start
@@ -170,12 +184,23 @@ class RolloutDataLoader(Generic[T]):
 
     def _order(self, epoch: int) -> list[int]:
         """Positions of an epoch's items, in order."""
+        if self.order is not None:
+            return self.order.epoch(epoch, self.shuffle)
         if not self.shuffle:
             return list(range(len(self.items)))
         if self.draw is not None:
             return self.draw(epoch, self.items_per_round)
         generator = torch.Generator().manual_seed(mix_seeds(self.seed, epoch))
         return torch.randperm(len(self.items), generator=generator).tolist()
+
+    def drawn(self) -> list[int]:
+        """Number of items that each source of the mixture has given since training began; empty without a mixture."""
+        if self.order is None:
+            return []
+        shard_spec = self.shard_spec()
+        epoch, inside = (-(-batches // self.per_round) for batches in (self._batches(shard_spec), self.position))
+        epochs = complete_epochs(self._epoch, self.position, shard_spec)
+        return self.order.drawn(epochs, epoch * self.items_per_round, inside * self.items_per_round)
 
     def _index(self, round_in_epoch: int, shard_spec: ShardSpec) -> int:
         """Index of a round over all epochs."""
