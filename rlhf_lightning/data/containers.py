@@ -231,8 +231,8 @@ def of_mapping(given: Mapping[str, Container], split: str | None, name: str) -> 
             f"{name}: the columns have different lengths ({found}); each row must have a value in every column"
         )
     raise DataError(
-        f"{name}: a dict must contain columns (lists), weighted sources ({{name: {{source: FILE, weight: 2}}}}) or splits "
-        f"(train, validation, test), but it contains {quoted(given)}; put a single row into a list: [row]"
+        f"{name}: a dict must contain columns (lists), weighted sources ({{name: {{source: FILE, weight: 2}}}}) or "
+        f"splits (train, validation, test), but it contains {quoted(given)}; put a single row into a list: [row]"
     )
 
 
