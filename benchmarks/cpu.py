@@ -30,7 +30,7 @@ from benchmarks.quickstart import machine  # noqa: E402
 from benchmarks.steps.ours import Training  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 from rlhf_lightning.models.auto_precision import measure_precision  # noqa: E402
-from rlhf_lightning.models.logits import RoundedLogitsFunction, TokenLogprobsFunction  # noqa: E402
+from rlhf_lightning.models.logits import HeadLogprobsFunction, TokenLogprobsFunction  # noqa: E402
 from rlhf_lightning.models.precision import rounded_factors  # noqa: E402
 from rlhf_lightning.models.short_attention import ShortAttentionFunction, attention_bias, causal  # noqa: E402
 
@@ -65,16 +65,20 @@ def product(size: int) -> Ways:
 
 
 def head(tokens: int, hidden: int, vocabulary: int) -> Ways:
-    """Logits, log-probabilities and their gradients, with the head in float32 and with rounded factors."""
+    """Log-probabilities and their gradients, from logits in float32, and in blocks of rows with rounded factors."""
     states = torch.randn(tokens, hidden, requires_grad=True)
     weight = torch.randn(vocabulary, hidden).mul_(0.05).requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,))
 
-    def step(logits: Callable[[Tensor, Tensor], Tensor]) -> None:
-        logprobs, _, _ = TokenLogprobsFunction.apply(logits(states, weight), targets, 1.0, False)
+    def wide() -> None:
+        logprobs, _, _ = TokenLogprobsFunction.apply(F.linear(states, weight), targets, 1.0, False)
         torch.autograd.grad(logprobs.sum(), (states, weight))
 
-    return {"float32": lambda: step(F.linear), "rounded factors": lambda: step(RoundedLogitsFunction.apply)}
+    def fused() -> None:
+        logprobs, _, _ = HeadLogprobsFunction.apply(states, weight, targets, 1.0, False)
+        torch.autograd.grad(logprobs.sum(), (states, weight))
+
+    return {"float32": wide, "fused": fused}
 
 
 def attention(tokens: int, heads: int, key_heads: int, size: int = 64) -> Ways:

@@ -111,6 +111,8 @@ def estimate_memory(
     places = placements(module)
     away = {id(p) for place in places for p in place.model.parameters()}
     there = [p for p in module.parameters() if id(p) in ours]
+    with context():
+        fused = module.teacher is None and token_logprobs is not None and token_logprobs.backbone.fuses_logprobs()
     buffers = scored if module.teacher is None else scored * COMPARED
     estimate = MemoryUse(
         weights=-(-tensor_bytes(there) // shards),
@@ -118,7 +120,7 @@ def estimate_memory(
         optimizer=-(-optimizer_bytes(module.optimizer_factory, parameters) // shards),
         frozen=tensor_bytes(p for p in module.parameters() if id(p) not in ours | away),
         activations=_activations(module, tokens, size, context, device),
-        logits=logit_bytes(token_logprobs.backbone, buffers, size, token_logprobs.logit_bytes)
+        logits=logit_bytes(token_logprobs.backbone, buffers, size, token_logprobs.logit_bytes, fused)
         if token_logprobs and scored
         else 0,
         cache=cache_bytes(module.model, rows, row_tokens, size) if rows else 0,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from rlhf_lightning.models.logits import RoundedLogitsFunction
+from rlhf_lightning.models.logits import HeadLogprobsFunction, RoundedLogitsFunction, head_logprobs
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.sharding import full_tensor, run_unsharded
 
@@ -62,15 +62,43 @@ class Backbone:
         """
         head = self.lm_head if head_weights is None else partial(functional_call, self.lm_head, dict(head_weights))
         if not self.wide_head:
-            return self._adjust(head(states))
+            return self._adjusted(head(states))
         rounded = self._rounds_head(states)
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(self.lm_head.weight.dtype)
             if not rounded:
-                return self._adjust(head(states))
+                return self._adjusted(head(states))
             weight = self.lm_head.weight if head_weights is None else head_weights["weight"]
             logits = RoundedLogitsFunction.apply(states.flatten(0, -2), weight)
-            return self._adjust(logits.unflatten(0, states.shape[:-1]))
+            return self._adjusted(logits.unflatten(0, states.shape[:-1]))
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        return logits if self._adjust is None else self._adjust(logits)
+
+    def fuses_logprobs(self) -> bool:
+        """True if `logprobs` can be used: with a plain float32 head on a CPU under autocast to bfloat16."""
+        return self._adjust is None and self._rounds_head(self.lm_head.weight)
+
+    def logprobs(
+        self, states: Tensor, targets: Tensor, temperature: float, details: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Log-probabilities of targets, entropy and correctness, from hidden states without a tensor of all logits.
+
+        Args:
+            states: `[n, H]`.
+            targets: Token ids, `[n]`.
+            temperature: Temperature of the softmax.
+            details: Also compute entropy and correctness.
+
+        Returns:
+            As `TokenLogprobsFunction`, `[n]` each.
+        """
+        weight = self.lm_head.weight
+        with torch.autocast(states.device.type, enabled=False):
+            states = states.to(weight.dtype)
+            trains = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
+            compute = HeadLogprobsFunction.apply if trains else head_logprobs
+            return compute(states, weight, targets, temperature, details)
 
     def _rounds_head(self, states: Tensor) -> bool:
         """True if the head may be computed from rounded factors: a plain layer, under autocast on a CPU."""
@@ -108,11 +136,13 @@ class Backbone:
         return ours.shape == theirs.shape and torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3)
 
 
-def _logit_adjustment(config: "PretrainedConfig") -> Callable[[Tensor], Tensor]:
+def _logit_adjustment(config: "PretrainedConfig") -> Callable[[Tensor], Tensor] | None:
     """The function that a model applies to logits: a soft cap (Gemma 2), a factor (Cohere), a divisor (Granite)."""
     cap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None) or 1.0
     divisor = getattr(config, "logits_scaling", None) or 1.0
+    if not cap and scale == divisor == 1.0:
+        return None
 
     def adjust(logits: Tensor) -> Tensor:
         if scale != 1.0 or divisor != 1.0:

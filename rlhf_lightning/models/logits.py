@@ -15,6 +15,8 @@ from rlhf_lightning.models.precision import rounded_factors
 
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 """Number of logits processed at once; on a CPU, small enough for its cache."""
+HEAD_ROWS = 64
+"""Smallest number of rows whose logits are computed at once on a CPU."""
 
 
 class TokenLogprobsFunction(torch.autograd.Function):
@@ -47,15 +49,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
         for part in _parts(logits):
             scaled = logits[part].to(dtype)
             scaled = scaled.div_(temperature) if temperature != 1.0 else scaled
-            target, top = scaled.gather(-1, targets[part, None]).squeeze(-1), scaled.amax(-1)
-            probabilities = scaled.softmax(-1)
-            # Computed from the largest probability, because that of the target may underflow.
-            logprobs[part] = target - top + probabilities.amax(-1).log()
-            if entropy is not None and correct is not None:
-                normalizer = logprobs[part].neg() + target
-                entropy[part] = normalizer - torch.linalg.vecdot(probabilities, scaled)
-                correct[part] = (target == top).to(dtype)
-            logits[part] = probabilities
+            logits[part] = _write(scaled, targets, part, logprobs, entropy, correct)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, targets, logprobs, entropy)
@@ -79,8 +73,7 @@ class TokenLogprobsFunction(torch.autograd.Function):
             bend = None
             if grad_entropy is not None:
                 p = probabilities.to(logprobs.dtype)
-                bend = torch.xlogy(p, p).addcmul_(p, entropy[part, None])
-                bend.mul_(-grad_entropy[part, None] / ctx.temperature)
+                bend = _entropy_slope(p, entropy[part, None]).mul_(grad_entropy[part, None] / ctx.temperature)
             probabilities.mul_(-grad[part, None])
             # Computed from log p, because 1 − p from the buffer would be rounded in a narrow type.
             at_target = grad[part] * -torch.expm1(logprobs[part])
@@ -118,6 +111,94 @@ class RoundedLogitsFunction(torch.autograd.Function):
         by_states = (narrow @ weight.to(torch.bfloat16)).to(states.dtype) if ctx.needs_input_grad[0] else None
         by_weight = (narrow.t() @ states.to(torch.bfloat16)).to(weight.dtype) if ctx.needs_input_grad[1] else None
         return by_states, by_weight
+
+
+class HeadLogprobsFunction(torch.autograd.Function):
+    """Autograd function: `apply(states, weight, targets, temperature, details)` → `(logprobs, entropy, correct)`.
+
+    `RoundedLogitsFunction` and `TokenLogprobsFunction` in one pass over blocks of rows: logits and probabilities exist
+    in float32 for one block only. Backward needs p − (1 at the target), which is kept in bfloat16, `[n, V]`. The factor
+    of each token is multiplied into hidden states and their gradients, not into that matrix.
+
+    Example:
+        >>> states, weight = torch.zeros(1, 2, requires_grad=True), torch.zeros(4, 2, requires_grad=True)
+        >>> logprobs, entropy, correct = HeadLogprobsFunction.apply(states, weight, torch.tensor([2]), 1.0, True)
+        >>> round(logprobs.item(), 4), round(entropy.item(), 4)
+        (-1.3863, 1.3863)
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, targets: Tensor, temperature: float, details: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Compute the results, and the gradient of each log-probability by its logits."""
+        slopes = states.new_empty(len(states), len(weight), dtype=torch.bfloat16)
+        logprobs, entropy, correct = head_logprobs(states, weight, targets, temperature, details, slopes)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(states, weight, targets, slopes, logprobs, entropy)
+        if correct is not None:
+            ctx.mark_non_differentiable(correct)
+        return logprobs, entropy, correct
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad: Tensor | None, grad_entropy: Tensor | None, _: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of the states and the weight; formulas as in `TokenLogprobsFunction`."""
+        states, weight, targets, slopes, logprobs, entropy = ctx.saved_tensors
+        factor = (logprobs.new_zeros(len(logprobs)) if grad is None else grad / -ctx.temperature)[:, None]
+        if grad_entropy is not None:
+            bent = grad_entropy[:, None] / ctx.temperature
+            for part in _blocks(*slopes.shape):
+                slope = slopes[part].float()
+                p = slope.scatter(-1, targets[part, None], logprobs[part, None].exp())
+                bend = _entropy_slope(p, entropy[part, None]).mul_(bent[part])
+                slopes[part] = bend.addcmul_(slope, factor[part])
+            factor = torch.ones_like(factor)
+        by_states = by_weight = None
+        if ctx.needs_input_grad[0]:
+            by_states = (slopes @ weight.to(torch.bfloat16)).to(states.dtype).mul_(factor)
+        if ctx.needs_input_grad[1]:
+            by_weight = (slopes.t() @ (states * factor).to(torch.bfloat16)).to(weight.dtype)
+        return by_states, by_weight, None, None, None
+
+
+def head_logprobs(
+    states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: float,
+    details: bool,
+    slopes: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The results of `HeadLogprobsFunction` without gradients.
+
+    Args:
+        states: `[n, H]`, float32.
+        weight: `[V, H]`, float32.
+        targets: Token ids, `[n]`.
+        temperature: Temperature of the softmax.
+        details: Also compute entropy and correctness.
+        slopes: Filled with p − (1 at the target), the negative gradient of each log-probability by its scaled logits,
+            `[n, V]`; None if no gradient is needed.
+
+    Example:
+        >>> head_logprobs(torch.zeros(1, 2), torch.zeros(4, 2), torch.tensor([2]), 1.0, False)[0]
+        tensor([-1.3863])
+    """
+    logprobs = states.new_empty(len(states))
+    entropy, correct = (torch.empty_like(logprobs) if details else None for _ in range(2))
+    with rounded_factors():
+        for part in _blocks(len(states), len(weight)):
+            scaled = states[part] @ weight.t()
+            scaled = scaled.div_(temperature) if temperature != 1.0 else scaled
+            probabilities = _write(scaled, targets, part, logprobs, entropy, correct)
+            if slopes is not None:
+                # Computed from log p, because p − 1 would lose the digits of a p near 1.
+                slopes[part] = probabilities.scatter_(-1, targets[part, None], torch.expm1(logprobs[part])[:, None])
+    return logprobs, entropy, correct
 
 
 class DivergenceFunction(torch.autograd.Function):
@@ -160,6 +241,46 @@ class DivergenceFunction(torch.autograd.Function):
         for part in _parts(buffer):
             buffer[part] *= grad[part, None]
         return buffer, None, None
+
+
+def _write(
+    scaled: Tensor, targets: Tensor, part: slice, logprobs: Tensor, entropy: Tensor | None, correct: Tensor | None
+) -> Tensor:
+    """Write the results of some rows to their places, and return their probabilities.
+
+    Args:
+        scaled: Logits of these rows over the temperature, `[m, V]`.
+        targets: Token ids of all rows, `[n]`.
+        part: These rows.
+        logprobs: Log-probabilities of all rows, `[n]`.
+        entropy: Entropies, `[n]`, or None.
+        correct: 1 where no token is more likely than the target, `[n]`, or None.
+    """
+    target, top = scaled.gather(-1, targets[part, None]).squeeze(-1), scaled.amax(-1)
+    probabilities = scaled.softmax(-1)
+    # Computed from the largest probability, because that of the target may underflow.
+    logprobs[part] = target - top + probabilities.amax(-1).log()
+    if entropy is not None and correct is not None:
+        normalizer = logprobs[part].neg() + target
+        entropy[part] = normalizer - torch.linalg.vecdot(probabilities, scaled)
+        correct[part] = (target == top).to(scaled.dtype)
+    return probabilities
+
+
+def _entropy_slope(p: Tensor, entropy: Tensor) -> Tensor:
+    """Gradient of the entropy by the scaled logits, −p · (log p + H), from probabilities `[m, V]` and H `[m, 1]`."""
+    return torch.xlogy(p, p).addcmul_(p, entropy).neg_()
+
+
+def block_rows(vocabulary: int) -> int:
+    """Number of rows whose logits `HeadLogprobsFunction` computes at once: enough that the weight is read rarely."""
+    return max(HEAD_ROWS, CPU_CHUNK // vocabulary)
+
+
+def _blocks(rows: int, vocabulary: int) -> list[slice]:
+    """Slices of that many rows."""
+    size = block_rows(vocabulary)
+    return [slice(start, start + size) for start in range(0, rows, size)]
 
 
 def _parts(logits: Tensor, gpu_chunk: int = GPU_CHUNK) -> list[slice]:

@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import ParamsT
 
 from rlhf_lightning.models.backbone import Backbone, in_mode
-from rlhf_lightning.models.logits import CPU_CHUNK, GPU_CHUNK
+from rlhf_lightning.models.logits import CPU_CHUNK, GPU_CHUNK, block_rows
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.precision import NARROW
@@ -157,7 +157,7 @@ def checkpointed_bytes(model: nn.Module, activations: int, tokens: int, size: in
     return config.num_hidden_layers * tokens * config.hidden_size * size + activations // config.num_hidden_layers
 
 
-def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int) -> int:
+def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int, fused: bool = False) -> int:
     """Bytes of the logits: one buffer of at most `limit` bytes, and working copies.
 
     The copies are those of one chunk: in float32, and its softmax. A soft cap keeps two more buffers for its gradient.
@@ -168,11 +168,13 @@ def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int) -> int:
         rows: Number of positions.
         size: Bytes of a number in the layers' computations.
         limit: Largest size of the buffer.
+        fused: True if logits are computed in blocks of rows (`Backbone.fuses_logprobs`), with a buffer in bfloat16.
     """
-    size = backbone.lm_head.weight.element_size() if backbone.wide_head else size
+    size = backbone.lm_head.weight.element_size() if backbone.wide_head and not fused else size
     vocabulary = backbone.vocabulary
     capped = getattr(base_of(backbone.model).config.get_text_config(), "final_logit_softcapping", None)
     chunk = CPU_CHUNK if next(backbone.model.parameters()).device.type == "cpu" else GPU_CHUNK
+    chunk = block_rows(vocabulary) * vocabulary if fused else chunk
     buffer = min(rows * vocabulary * size, max(limit, vocabulary * size))
     head = tensor_bytes(trained(backbone.lm_head)) if backbone.lm_head is not None else 0
     return buffer * (3 if capped else 1) + 2 * 4 * min(rows * vocabulary, max(vocabulary, chunk)) + head

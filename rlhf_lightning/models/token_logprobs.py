@@ -207,9 +207,13 @@ class TokenLogprobs:
         """`_logprobs_of` targets `[n]` from hidden states `[n, H]`, in chunks if their logits exceed the budget."""
 
         def compute(states: Tensor, ids: Tensor, places: Tensor) -> tuple[Tensor | None, ...]:
+            if fused:
+                return (*self.backbone.logprobs(states, ids, temperature, details), None, None)
             return _logprobs_of(self.backbone.logits(states), ids, temperature, details, teacher, places)
 
+        fused = teacher is None and self.backbone.fuses_logprobs()
         size = self.backbone.lm_head.weight.element_size() if self.backbone.wide_head else hidden.element_size()
+        size = torch.bfloat16.itemsize if fused else size
         buffers = 1 if teacher is None else COMPARED
         chunk = max(1, self.logit_bytes // (size * self.backbone.vocabulary * buffers))
         if len(hidden) <= chunk:

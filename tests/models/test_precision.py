@@ -18,7 +18,7 @@ from rlhf_lightning.errors import UserError
 from rlhf_lightning.models.attention import packed_attention
 from rlhf_lightning.models.backbone import Backbone
 from rlhf_lightning.models.loading import load_for_scoring
-from rlhf_lightning.models.logits import RoundedLogitsFunction
+from rlhf_lightning.models.logits import HeadLogprobsFunction, RoundedLogitsFunction, head_logprobs
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix
 from rlhf_lightning.models.precision import logprob_rounding, rounded_factors
@@ -90,6 +90,41 @@ def test_gradients_of_the_head_under_autocast_are_rounded_ones() -> None:
     for ours, exact in zip((logits, *found), (wide, *wanted), strict=True):
         assert ours.dtype == torch.float32
         assert (ours - exact).norm() < 5e-3 * exact.norm()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_fused_head_equals_that_of_float64(temperature: float) -> None:
+    """Log-probabilities and entropies, and their gradients, over several blocks of rows; nothing wide is kept."""
+    generator = torch.Generator().manual_seed(0)
+    states, weight = (
+        torch.randn(size, generator=generator).bfloat16().float().requires_grad_() for size in ((150, 32), (100, 32))
+    )
+    targets, by_result = torch.randint(100, (150,), generator=generator), torch.randn(2, 150, generator=generator)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (states, weight)]
+    logp = (exact[0] @ exact[1].t() / temperature).log_softmax(-1)
+    wide = [logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)]
+    sizes: list[torch.Size] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        sizes.extend([tensor.shape] if tensor.dtype == torch.float32 else [])
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        *narrow, correct = HeadLogprobsFunction.apply(states, weight, targets, temperature, True)
+    assert torch.Size((150, 100)) not in sizes
+    assert torch.equal(correct, (logp.argmax(-1) == targets).float())
+    for ours, right in zip(narrow, wide, strict=True):
+        torch.testing.assert_close(ours.double(), right, rtol=1e-5, atol=1e-4)
+    for results in ((0,), (0, 1)):  # without and with the entropy's gradient, which overwrites what is kept
+        total = sum(by_result[i] @ narrow[i] for i in results)
+        found = torch.autograd.grad(total, (states, weight), retain_graph=results == (0,))
+        total = sum(by_result[i].double() @ wide[i] for i in results)
+        wanted = torch.autograd.grad(total, exact, retain_graph=True)
+        for ours, right in zip(found, wanted, strict=True):
+            assert (ours - right).norm() < 5e-3 * right.norm()
+    with torch.no_grad():
+        alone = head_logprobs(states, weight, targets, temperature, True)
+    assert all(torch.equal(*pair) for pair in zip(alone, (*narrow, correct), strict=True))
 
 
 def test_rounding_of_factors_ends_with_the_last_of_overlapping_users() -> None:
