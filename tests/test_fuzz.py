@@ -199,7 +199,7 @@ def parquet(rows: list[dict[str, Any]]) -> bytes:
     return stream.getvalue()
 
 
-@counts(80, 1100)
+@counts(55, 1100)
 def test_data_files(count: int, place: Place) -> None:
     configs = {kind: place.root / f"{kind}.yaml" for kind in ROWS}
     for kind, path in configs.items():
@@ -386,7 +386,7 @@ def spoilt_configs(draw: st.DrawFn) -> tuple[str, str, Any]:
     return draw(st.sampled_from([*SETTINGS, "pipeline"])), "text", (draw(st.sampled_from(BROKEN)), draw(st.booleans()))
 
 
-@counts(45, 900)
+@counts(30, 900)
 def test_configs(count: int, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place.root)
     configs = {kind: place.config(kind) for kind in SETTINGS}
@@ -609,7 +609,7 @@ def _spoil_tensors(path: Path, how: str, number: int) -> None:
     save_file(tensors, path, {"format": "pt"})
 
 
-@counts(60, 900)
+@counts(40, 900)
 def test_model_folders(count: int, place: Place, models: Any) -> None:
     folders, use = models
 
@@ -695,7 +695,7 @@ def spoilt_runs(draw: st.DrawFn) -> tuple[str, str, str, Any]:
 
 
 @pytest.mark.usefixtures("forked_stages")
-@counts(40, 300)
+@counts(25, 300)
 def test_run_folders(count: int, place: Place, runs: Path) -> None:
     """`report`, `pipeline --verify` and the same pipeline again, on a folder with one altered file."""
     run = place.case / "run"
@@ -802,7 +802,7 @@ def _content(state: dict[str, Any], detail: Any) -> Any:
     return state
 
 
-@counts(45, 500)
+@counts(30, 500)
 def test_checkpoints(count: int, place: Place, saved: tuple[list[Any], Path, Path]) -> None:
     """Flipped bits and truncation are detected by checksums, and the run starts over; other content is refused."""
     command, run, copy = saved
@@ -860,7 +860,7 @@ def spoilt_records(draw: st.DrawFn) -> tuple[str, str, Any]:
     return file, way, draw(details.get(way, st.none()))
 
 
-@counts(25, 250)
+@counts(15, 250)
 def test_interrupted_runs(count: int, saved: tuple[list[Any], Path, Path]) -> None:
     """The command again, in a folder of which one file is not as written: refused, or the same results."""
     command, run, copy = saved

@@ -18,6 +18,7 @@ import sys
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -180,6 +181,7 @@ def _classes(hint: Any) -> Iterator[Any]:
                 yield from _classes(kind)
 
 
+@cache
 def defined_names() -> set[str]:
     """Classes and functions of the package and the examples."""
     found: set[str] = set()
@@ -189,6 +191,7 @@ def defined_names() -> set[str]:
     return found
 
 
+@cache
 def words() -> set[str]:
     """All words in the sources."""
     found: set[str] = set()
