@@ -31,8 +31,9 @@ from benchmarks.steps.ours import Training  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 from rlhf_lightning.models.auto_precision import measure_precision  # noqa: E402
 from rlhf_lightning.models.logits import HeadLogprobsFunction, TokenLogprobsFunction  # noqa: E402
+from rlhf_lightning.models.packing import PackedLayout, SharedPrefix  # noqa: E402
 from rlhf_lightning.models.precision import rounded_factors  # noqa: E402
-from rlhf_lightning.models.short_attention import ShortAttentionFunction, attention_bias, causal  # noqa: E402
+from rlhf_lightning.models.short_attention import short_attention  # noqa: E402
 
 TURNS = 5
 Ways = dict[str, Callable[[], Tensor | None]]
@@ -96,8 +97,7 @@ def attention(tokens: int, heads: int, key_heads: int, size: int = 64) -> Ways:
         torch.autograd.grad(out, states, torch.ones_like(out))
 
     def short() -> None:
-        bias = attention_bias(causal(tokens, tokens), query, key)
-        out = ShortAttentionFunction.apply(query, key, value, bias, size**-0.5)
+        out = short_attention(query, key, value, PackedLayout([SharedPrefix((0,), tokens, (0,))], query.device))
         torch.autograd.grad(out, states, torch.ones_like(out))
 
     return {"PyTorch": kernel, "short": short}

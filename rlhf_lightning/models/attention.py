@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.models.last_layer import KeptLayout, KeysAndValues, KeyValueRequest
 from rlhf_lightning.models.packing import PackedLayout, within_window
-from rlhf_lightning.models.short_attention import SHORT, ShortAttentionFunction, attention_bias, causal
+from rlhf_lightning.models.short_attention import SHORT, short_attention
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -225,7 +225,9 @@ def packed_attention(
     """
     if _use_flex(query) and not dropout:
         return _flex(query, key, value, layout, scaling, sliding_window, softcap).transpose(1, 2).contiguous()
-    attend, query, key, value = _prepared(query, key, value, layout.longest, scaling, softcap, dropout)
+    if _is_short(query, layout, softcap, dropout):
+        return short_attention(query, key, value, layout, scaling, sliding_window)
+    attend, key, value = _prepared(query, key, value, scaling, softcap, dropout)
     limit = sys.maxsize if sliding_window is None else sliding_window
     sizes = [size for tree in layout.trees for size in (tree.prefix, *tree.branches)]
     # One split, because the backward of separate slices would add a gradient of the full length for every piece.
@@ -265,7 +267,9 @@ def kept_attention(
         `[1, m, heads, size]`.
     """
     full, (key, value) = layout.full, (layout.key, layout.value)
-    attend, query, key, value = _prepared(query, key, value, full.longest, scaling, softcap, dropout)
+    if _is_short(query, full, softcap, dropout):
+        return short_attention(query, key, value, full, scaling, sliding_window, layout.kept)
+    attend, key, value = _prepared(query, key, value, scaling, softcap, dropout)
     sizes = [size for tree in full.trees for size in (tree.prefix, *tree.branches)]
     ends = torch.searchsorted(layout.kept.cpu(), torch.tensor(sizes).cumsum(0)).tolist()
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
@@ -294,23 +298,15 @@ def _prepared(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    longest: int,
     scaling: float | None,
     softcap: float | None,
     dropout: float,
-) -> tuple[Callable[..., Tensor], Tensor, Tensor, Tensor]:
-    """The function that attends from `query` to `key` and `value` under a mask, and its three inputs.
-
-    Args:
-        longest: Number of tokens of the longest row.
-    """
-    if not softcap and not dropout and _rounds(query) and longest <= SHORT:
-        query, key, value = (states.to(torch.bfloat16) for states in (query, key, value))
-        return partial(_attend_short, scaling=scaling), query, key, value
+) -> tuple[Callable[..., Tensor], Tensor, Tensor]:
+    """The function that attends from queries to keys and values under a mask, and keys and values for each head."""
     if key.shape[1] != query.shape[1]:
         repeats = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    return partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap), query, key, value
+    return partial(_attend, scaling=scaling, dropout=dropout, softcap=softcap), key, value
 
 
 def _branches(
@@ -367,19 +363,12 @@ def _attend(
     return _by_scores(query, key, value, mask, scaling, softcap, dropout)
 
 
-def _rounds(query: Tensor) -> bool:
-    """True if attention is computed in bfloat16 on a CPU."""
-    if query.device.type != "cpu":
+def _is_short(query: Tensor, layout: PackedLayout, softcap: float | None, dropout: float) -> bool:
+    """True if `short_attention` is used: for short rows in bfloat16 on a CPU, without soft cap and dropout."""
+    if query.device.type != "cpu" or softcap or dropout or layout.longest > SHORT:
         return False
     autocast = torch.is_autocast_enabled("cpu")
     return (torch.get_autocast_dtype("cpu") if autocast else query.dtype) == torch.bfloat16
-
-
-def _attend_short(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None) -> Tensor:
-    if mask is None:
-        mask = causal(query.shape[2], key.shape[2])
-    bias = attention_bias(mask, query, key)
-    return ShortAttentionFunction.apply(query, key, value, bias, query.shape[3] ** -0.5 if scaling is None else scaling)
 
 
 def _fused(

@@ -15,8 +15,9 @@ from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import UserError
-from rlhf_lightning.models.attention import packed_attention
+from rlhf_lightning.models.attention import kept_attention, packed_attention
 from rlhf_lightning.models.backbone import Backbone
+from rlhf_lightning.models.last_layer import KeptLayout
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.logits import HeadLogprobsFunction, RoundedLogitsFunction, head_logprobs
 from rlhf_lightning.models.lora import LoRA
@@ -139,10 +140,13 @@ def test_rounding_of_factors_ends_with_the_last_of_overlapping_users() -> None:
     assert torch.get_float32_matmul_precision() == "highest"
 
 
+@pytest.mark.parametrize("kept", [None, [3, 10, -1], [-1]])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("branches", [(0,), (7, 3, 0)])
-def test_short_attention_equals_that_of_float64(branches: tuple[int, ...], window: int | None) -> None:
-    """Values and gradients of packed rows, with two query heads per key head."""
+def test_short_attention_equals_that_of_float64(
+    branches: tuple[int, ...], window: int | None, kept: list[int] | None
+) -> None:
+    """Values and gradients of packed rows, with two query heads per key head, and queries of all or a few tokens."""
     generator = torch.Generator().manual_seed(0)
     layout = PackedLayout(
         [SharedPrefix((9,), 4, (0,)), SharedPrefix(tuple(range(len(branches))), 11, branches)], torch.device("cpu")
@@ -152,11 +156,18 @@ def test_short_attention_equals_that_of_float64(branches: tuple[int, ...], windo
         torch.randn(1, heads, n, 16, generator=generator, dtype=torch.float64).bfloat16().double().requires_grad_()
         for heads in (4, 2, 2)
     ]
-    direction = torch.randn(1, n, 4, 16, generator=generator, dtype=torch.float64)
-    wide = packed_attention(exact[0], exact[1], exact[2], layout, sliding_window=window)
+    places = torch.arange(n) if kept is None else torch.tensor(kept) % n
+    direction = torch.randn(1, len(places), 4, 16, generator=generator, dtype=torch.float64)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if kept is None:
+            return packed_attention(query, key, value, layout, sliding_window=window)
+        return kept_attention(query[:, :, places], KeptLayout(layout, places, key, value), sliding_window=window)
+
+    wide = attend(*exact)
     wanted = [wide, *torch.autograd.grad(wide, exact, direction)]
     narrow = [states.detach().bfloat16().requires_grad_() for states in exact]
-    out = packed_attention(narrow[0], narrow[1], narrow[2], layout, sliding_window=window)
+    out = attend(*narrow)
     assert "ShortAttentionFunction" in graph_names(out)
     found = [out, *torch.autograd.grad(out, narrow, direction.bfloat16())]
     for ours, right in zip(found, wanted, strict=True):
