@@ -22,7 +22,8 @@ from rlhf_lightning.data.columns import (
     refuse_unused_names,
 )
 from rlhf_lightning.data.containers import settled
-from rlhf_lightning.data.mixing import STOPPING, Mixture, inner_sources
+from rlhf_lightning.data.files import Wanted
+from rlhf_lightning.data.mixing import STOPPING, Mixture, WeightedSource, inner_sources
 from rlhf_lightning.data.records import (
     LocatedRow,
     Reading,
@@ -37,12 +38,16 @@ from rlhf_lightning.data.records import (
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings, shared_by_all
 from rlhf_lightning.data.response_starts import ResponseStarts
+from rlhf_lightning.data.row_streams import Streaming, check_rows
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
+from rlhf_lightning.data.stream_loader import StreamLoader
 from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.data.training_stream import TrainingStream
 from rlhf_lightning.errors import ConfigError, DataError, UserError, check_seed, check_whole
 from rlhf_lightning.types import JSON, Row, StepBatch
 
 log = logging.getLogger(__name__)
+EXAMPLE = "an example, with trained tokens between ⟦ and ⟧:\n%s"
 OVERLONG = ("error", "truncate", "skip")
 
 
@@ -78,6 +83,8 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         stopping_strategy: When an epoch of several weighted sources ends: `first_exhausted` when a source has no rows
             left, `all_exhausted` when each source has given all of its rows once, while shorter sources start over, or
             `all_exhausted_without_replacement` when all rows have been given once.
+        streaming: Read `train` while training, for files that are larger than memory; true, or the settings of
+            `Streaming`. Rows are shuffled in blocks, and an epoch has no known length.
         show_example: Log one rendered row with its loss mask.
 
     Raises:
@@ -107,6 +114,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         tokenizer: Any = None,
         seed: int | None = None,
         stopping_strategy: str = "first_exhausted",
+        streaming: Streaming | bool = False,
         show_example: bool = True,
     ) -> None:
         super().__init__()
@@ -143,6 +151,14 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             )
         if validation_split and validation is not None:
             log.info("data.validation_split is not used, because data.validation is set")
+        self.streaming = Streaming() if streaming is True else streaming or None
+        if self.streaming is not None and validation_split and validation is None:
+            raise ConfigError(
+                "data.validation_split needs all rows of data.train, which data.streaming does not hold; give "
+                "data.validation, or leave out data.streaming"
+            )
+        self.stream: TrainingStream[ExampleT] | None = None
+        """The streamed rows of `train`, once they are opened."""
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
         self.on_bad_row, self.columns, self.format = on_bad_row, columns, format
         self.template_kwargs, self.system, self.tools, self.tokenizer = template_kwargs, system, tools, tokenizer
@@ -210,7 +226,10 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         wanted = {"fit": ("train", "validation"), "validate": ("validation",)}.get(stage, (stage,))
         before = set(self.prepared)
         for name in wanted:
-            if name not in self.prepared:
+            if name == "train" and self.streaming is not None and self.sources["train"] is not None:
+                if self.stream is None:
+                    self.stream = self._open_stream(self.streaming)
+            elif name not in self.prepared:
                 self._prepare(name, required=stage != "fit" or name == "train")
         self._hold_out(stage)
         for name in self.prepared:
@@ -222,6 +241,8 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
     def _facts(self, before: set[str]) -> dict[str, Fact]:
         """Values that must be equal on all ranks, for the sources that were prepared since `before`."""
         facts: dict[str, Fact] = {"data.seed": self.seed}
+        if self.stream is not None:
+            facts["data.train"] = self.stream.facts()
         for name, found in self.prepared.items():
             if name not in before:
                 facts[f"data.{name}"] = rows_facts(self.sources[name], name, found.rows, found.reading.rows)
@@ -274,6 +295,39 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         if unused:
             log.info("%s: columns not used: %s", name, ", ".join(unused))
 
+    def _open_stream(self, streaming: Streaming) -> TrainingStream[ExampleT]:
+        """Open the sources of `train` for streaming, and check their first rows."""
+        mixture = self.mixture or Mixture([WeightedSource("train", self.sources["train"])])
+        unused: dict[str, None] = {}
+        used: set[str] = set()
+        self._truncated = 0
+        stream = TrainingStream(
+            mixture,
+            Wanted(self.text_key, "train", self.lines),
+            streaming,
+            self.converter("train", unused, used),
+            self.on_bad_row,
+            self.columns,
+            self.seed,
+            lambda: self._truncated,
+        )
+        self.renderer.openings = openings = ResponseStarts()
+        stream.check_first()
+        self.renderer.openings = None
+        refuse_unused_names(self.columns, used)
+        self._log_stream(stream, unused, openings)
+        return stream
+
+    @rank_zero_only
+    def _log_stream(self, stream: TrainingStream[ExampleT], unused: dict[str, None], openings: ResponseStarts) -> None:
+        log.info("%s", stream.describe())
+        if openings.message:
+            log.warning("among the first rows, %s", openings.message)
+        if unused:
+            log.info("train: columns not used in the first rows: %s", ", ".join(unused))
+        if self.show_example and stream.checked:
+            log.info(EXAMPLE, stream.checked[0].show(self.renderer.tokenizer))
+
     def converter(
         self, name: str, unused: dict[str, None], used: set[str] | None = None
     ) -> Callable[[Row], Sequence[ExampleT]]:
@@ -322,6 +376,9 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
     @rank_zero_only
     def _compare(self, name: str) -> None:
         """Warn if evaluation rows also appear in the training data."""
+        if self.streaming is not None:
+            log.info("data.%s is not compared with data.train, which is streamed", name)
+            return
         train = self.prepared["train"].keys if "train" in self.prepared else self._train_keys()
         found = leaks(train, self.prepared[name].keys)
         if found.prompts or found.conversations:
@@ -341,7 +398,24 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
 
     def train_dataloader(self) -> Iterable[StepBatch]:
         shuffle = not getattr(self.trainer, "overfit_batches", 0)
+        if self.stream is not None:
+            return self._stream_loader(self.stream, shuffle)
         self.train_loader = loader = self._loader("train", self.batch_size, shuffle, self.mixture)
+        return loader
+
+    def _stream_loader(self, stream: TrainingStream[ExampleT], shuffle: bool) -> StreamLoader[ExampleT, BatchT]:
+        trainer, spec = self.trainer, shard_spec_of(self.trainer, training=True)
+        check_rows(stream.sources, spec().world * stream.rows.workers)
+
+        def taken() -> int:
+            assert trainer is not None
+            current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+            return int(current.ready)
+
+        loader = StreamLoader(
+            stream.rows, self.collate, self.batch_size, shuffle, spec, None if trainer is None else taken
+        )
+        self.train_loader = loader
         return loader
 
     def val_dataloader(self) -> Iterable[StepBatch]:
@@ -456,6 +530,8 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
     def row_counts(self) -> dict[str, JSON]:
         """Name, number of rows and number of examples of each source that was read, for the model card."""
         counts: dict[str, JSON] = {}
+        if self.stream is not None:
+            counts["train"] = {"streamed": True, "sources": self._stream_counts(self.stream)}
         for name, prepared in self.prepared.items():
             if name == "predict":
                 continue
@@ -465,6 +541,19 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             else:
                 one["source"] = _named(self.sources.get(name), f"held out of train ({self.validation_split})")
             counts[name] = one
+        return counts
+
+    def _stream_counts(self, stream: TrainingStream[ExampleT]) -> dict[str, JSON]:
+        """Source, weight, number of rows, if known, and what was trained, of each streamed source."""
+        loader = self.train_loader
+        drawn = [0] * len(stream.sources) if loader is None else loader.drawn()
+        counts: dict[str, JSON] = {}
+        for number, (one, source) in enumerate(zip(stream.mixture.sources, stream.sources, strict=True)):
+            given: dict[str, JSON] = {"source": _named(one.source, ""), "weight": one.weight, "rows": source.rows}
+            if isinstance(loader, StreamLoader):  # rows of other loaders are prompts, one each
+                total = loader.totals()[number]
+                given |= {"skipped": total["skipped"], "truncated": total["truncated"]}
+            counts[one.name] = {**given, "drawn": drawn[number]}
         return counts
 
     def _mixture_counts(self, examples: Sequence[int]) -> dict[str, JSON]:
@@ -509,7 +598,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         for message in prepared.reading.skipped[:3]:
             log.warning("skipped %s", message)
         if self.show_example and name in ("train", "predict"):
-            log.info("an example, with trained tokens between ⟦ and ⟧:\n%s", examples[0].show(self.renderer.tokenizer))
+            log.info(EXAMPLE, examples[0].show(self.renderer.tokenizer))
 
 
 def _named(source: Source | None, otherwise: str) -> str:

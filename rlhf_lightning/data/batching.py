@@ -246,13 +246,18 @@ class RowLoader(Generic[ExampleT, BatchT]):
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         self.position = self._start = int(state["position"])
-        world = self.shard_spec().world
-        if self.position and state.get("world", world) != world:
-            raise ConfigError(
-                f"the checkpoint was written by {state['world']} ranks in the middle of an epoch, but this run has "
-                f"{world} ranks, so rows would be repeated or left out. Resume with the same number of devices, or "
-                "from a checkpoint at the end of an epoch (--ckpt_path)."
-            )
+        if self.position and "world" in state:
+            check_world(state["world"], self.shard_spec().world)
+
+
+def check_world(written: int, world: int) -> None:
+    """Raise `ConfigError` if a checkpoint within an epoch was written by another number of ranks."""
+    if written != world:
+        raise ConfigError(
+            f"the checkpoint was written by {written} ranks in the middle of an epoch, but this run has {world} ranks, "
+            "so rows would be repeated or left out. Resume with the same number of devices, or from a checkpoint at "
+            "the end of an epoch (--ckpt_path)."
+        )
 
 
 def complete_epochs(begun: int | None, position: int, shard_spec: ShardSpec) -> int:

@@ -1,7 +1,7 @@
 """Rows in memory: converts lists, columns, data frames, Arrow tables and datasets to plain Python values."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
@@ -82,11 +82,16 @@ def dataset_rows(dataset: "datasets.Dataset | datasets.IterableDataset") -> Iter
     given = getattr(dataset, "format", None) or {"type": None}
     if given["type"] not in (None, "custom"):  # tensors would only have to be converted back
         dataset = dataset.with_format(None, columns=given["columns"])
-    if getattr(dataset, "features", None) is None or given["type"] == "custom":
-        yield from (without_nulls(plain_row(row)) for row in dataset)
-        return
+    yield from map(dataset_cleaner(dataset), dataset)
+
+
+def dataset_cleaner(dataset: "datasets.Dataset | datasets.IterableDataset") -> Callable[[Row], Row]:
+    """Make a function that converts the rows of a dataset to plain rows without the nulls that Arrow adds."""
+    custom = (getattr(dataset, "format", None) or {"type": None})["type"] == "custom"
+    if getattr(dataset, "features", None) is None or custom:
+        return lambda row: without_nulls(plain_row(row))
     clean = row_cleaner(dataset.features.arrow_schema, decoded=True)
-    yield from (plain_row(clean(row)) for row in dataset)
+    return lambda row: plain_row(clean(row))
 
 
 def _frame_rows(frame: "pandas.DataFrame", name: str) -> Iterator[Row]:
@@ -191,8 +196,13 @@ def unfilled(rows: list[Row], only_rendered: bool = False) -> list[Row]:
     if not filled:
         return rows
     if only_rendered:
-        return [{key: _dropped(item) if _is_rendered(key, item) else item for key, item in row.items()} for row in rows]
+        return [unfilled_row(row) for row in rows]
     return [without_nulls(row) for row in rows]
+
+
+def unfilled_row(row: Row) -> Row:
+    """A row without the null-valued keys of its messages and tools."""
+    return {key: _dropped(item) if _is_rendered(key, item) else item for key, item in row.items()}
 
 
 def _is_rendered(name: str, value: JSON) -> bool:

@@ -135,7 +135,7 @@ def file_items(path: Path, wanted: Wanted) -> Iterator[Item]:
         raise DataError(f"{path}: {OTHERS[kind]}")
     if kind in ARROW:
         return _arrow_items(path, kind, data)
-    return _unfilled(path, _text_items(path, kind, _decoded(path, data), wanted))
+    return _unfilled(path, _text_items(path, kind, decoded(path, data), wanted))
 
 
 def _unfilled(path: Path, items: Iterator[Item]) -> Iterator[Item]:
@@ -156,18 +156,18 @@ def _content(path: Path) -> tuple[str, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    packed = _magic(data)
+    packed = magic(data)
     while packed in COMPRESSIONS:  # a loop, because some files are compressed twice
         data = _unpacked(path, packed, data)
-        packed = _magic(data)
+        packed = magic(data)
     while endings and endings[-1] in COMPRESSIONS:
         endings.pop()
     named = endings[-1] if endings else ""
-    inner = _magic(data)
+    inner = magic(data)
     return (inner if inner and named not in OTHERS else named), data
 
 
-def _magic(data: bytes) -> str:
+def magic(data: bytes) -> str:
     """Kind of file according to its first bytes; empty if unknown."""
     return next((kind for start, kind in MAGIC.items() if data.startswith(start)), "")
 
@@ -186,17 +186,27 @@ def _unpacked(path: Path, packed: str, data: bytes) -> bytes:
         raise DataError(f"{path}: cannot be decompressed ({packed[1:]}: {error}); is the file complete?") from None
 
 
-def _decoded(path: Path, data: bytes) -> str:
-    """The text of a file, which must be UTF-8, or UTF-16 or UTF-32 with a byte order mark."""
-    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8-sig")
+def decoded(path: Path, data: bytes, first: int = 1, encoding: str | None = None) -> str:
+    """The text of a file, or of the part of it that begins with line `first`.
+
+    Args:
+        path: The file, for messages.
+        data: Its bytes.
+        first: Number of the first line.
+        encoding: The encoding; by default UTF-8, or UTF-16 or UTF-32 if there is a byte order mark.
+
+    Raises:
+        DataError: If the bytes are not text of that encoding.
+    """
+    encoding = encoding or next((name for mark, name in MARKS.items() if data.startswith(mark)), "utf-8-sig")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
+        line = data[: error.start].count(b"\n") + first
         name = encoding.removesuffix("-sig").upper()
         raise DataError(f"{path}:{line}: not {name} text ({error.reason}); save the file as UTF-8") from None
     if "\x00" in text:
-        line = text[: text.index("\x00")].count("\n") + 1
+        line = text[: text.index("\x00")].count("\n") + first
         raise DataError(
             f"{path}:{line}: contains a null character, so it is not UTF-8 text; save the file as UTF-8 (UTF-16 is "
             "supported with a byte order mark)"
@@ -227,7 +237,7 @@ def _arrow_items(path: Path, kind: str, data: bytes) -> Iterator[Item]:
 
 def _text_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[Item]:
     if wanted.lines:
-        return _lines_of_text(path, _lines(text), wanted.text_key)
+        return _lines_of_text(path, split_lines(text), wanted.text_key)
     if kind in TABLES:
         return csv_items(str(path), text, TABLES[kind])
     if kind in TEXTS and wanted.text_key:
@@ -241,7 +251,7 @@ def _text_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[It
     return _json_items(path, kind, text, wanted)
 
 
-def _lines(text: str) -> list[str]:
+def split_lines(text: str) -> list[str]:
     """Split a text at any kind of line end, and remove byte order marks, which concatenated files may have inside.
 
     Not `splitlines()`, which also splits at U+2028 and similar characters that JSON strings may contain.
@@ -260,8 +270,8 @@ def _lines_of_text(path: Path, lines: list[str], text_key: str | None) -> Iterat
 
 def _prompts(path: Path, text: str, wanted: Wanted) -> Iterator[Item]:
     """Rows of a text file: a prompt per line, or JSON if every line is JSON."""
-    lines = _lines(text)
-    kinds = {number: _kind(line) for number, line in enumerate(lines, 1) if line}
+    lines = split_lines(text)
+    kinds = {number: json_kind(line) for number, line in enumerate(lines, 1) if line}
     objects = [number for number, kind in kinds.items() if kind is dict]
     others = [number for number, kind in kinds.items() if kind is not dict]
     if objects and others:
@@ -290,7 +300,7 @@ def load_json(text: str) -> JSON:
         raise ValueError(str(error)) from None
 
 
-def _kind(line: str) -> type | None:
+def json_kind(line: str) -> type | None:
     """Type of a line's JSON value; None if the line is not JSON."""
     try:
         return type(load_json(line)) if line.startswith(("{", "[", '"')) else None
@@ -300,9 +310,9 @@ def _kind(line: str) -> type | None:
 
 def _json_items(path: Path, kind: str, text: str, wanted: Wanted) -> Iterator[Item]:
     """Rows of JSON lines, of one JSON value, or of several concatenated values, whatever the name of the file."""
-    lines = _lines(text)
+    lines = split_lines(text)
     first = next((line for line in lines if line), "")
-    found = _kind(first)
+    found = json_kind(first)
     if first and (kind == ".json" or found in (None, list)):
         try:
             whole = load_json(text)
@@ -380,7 +390,7 @@ def line_row(line: str, text_key: str | None) -> Row:
     except ValueError as error:  # a number with thousands of digits raises a plain ValueError, not JSONDecodeError
         raise ValueError(f"not valid JSON ({error}); each line must be one JSON object") from None
     if isinstance(value, str) and text_key:
-        if value.lstrip().startswith("{") and _kind(value.strip()) is dict:
+        if value.lstrip().startswith("{") and json_kind(value.strip()) is dict:
             raise ValueError("the row is encoded twice (JSON inside a JSON string); encode it once")
         return {text_key: value}
     if not isinstance(value, dict):

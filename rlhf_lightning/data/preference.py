@@ -23,7 +23,9 @@ from rlhf_lightning.data.preference_rows import (
 )
 from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.data.row_streams import Streaming
 from rlhf_lightning.data.splits import RowKey, conversation_key
+from rlhf_lightning.data.training_stream import TrainingStream
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.objectives.preference.base import LabelLoss, PreferenceLoss
 from rlhf_lightning.types import JSON, Message, PreferenceBatch, PreferenceTokens, Row
@@ -115,6 +117,17 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
             log.warning("data.%s has margins, but the loss %s does not use them", name, type(self.loss).__name__)
         found = {row.category for prepared in self.prepared.values() for row in prepared.rows}
         self.category_names = sorted(category for category in found if category is not None)
+
+    def _open_stream(self, streaming: Streaming) -> TrainingStream[PreferenceExample]:
+        if isinstance(self.loss, LabelLoss) and "mismatched" in self.loss.keywords():
+            raise ConfigError(
+                f"{type(self.loss).__name__} pairs each prompt with the response to another one, which needs all rows "
+                "of data.train; leave out data.streaming, or choose another loss"
+            )
+        stream = super()._open_stream(streaming)
+        # Rows with a category that the first rows do not have count in the total only.
+        self.category_names = sorted({*self.category_names, *(row.category for row in stream.checked if row.category)})
+        return stream
 
     def completed(self, name: str) -> None:
         if isinstance(self.loss, LabelLoss) and "mismatched" in self.loss.keywords():
@@ -295,7 +308,9 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         else:
             batch = _collate_rankings([row for row in rows if isinstance(row, Ranking)], self.pad_id)
         if names := self.category_names:
-            batch["category"] = torch.tensor([names.index(row.category) if row.category else -1 for row in rows])
+            batch["category"] = torch.tensor(
+                [names.index(row.category) if row.category in names else -1 for row in rows]
+            )
             batch["category_names"] = names
         batch["weights"] = torch.tensor(weights)
         return batch

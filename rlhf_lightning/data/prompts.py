@@ -197,6 +197,10 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
             **kwargs,
         )
         self.recorded = episodes is not None
+        if self.streaming is not None and self.recorded:
+            raise ConfigError(
+                "data.episodes are grouped over all rows, so they cannot be streamed; leave out data.streaming"
+            )
         if self.mixture is not None and self.recorded:
             raise ConfigError("data.episodes has weights, which only data.train takes; give a list of the files")
         if self.mixture is not None and self.mixture.stopping == "all_exhausted":

@@ -371,6 +371,45 @@ def require_list(data: Row, name: str) -> list[JSON]:
     return value
 
 
+def check_on_bad_row(on_bad_row: str) -> None:
+    """Raise `DataError` for an unknown value of `data.on_bad_row`."""
+    if on_bad_row not in ("error", "skip"):
+        raise DataError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
+
+
+def convert_row(
+    row: LocatedRow,
+    convert: Callable[[Row], Sequence[T]],
+    on_bad_row: str = "error",
+    columns: Mapping[str, str | None] | None = None,
+) -> tuple[list[T], str | None]:
+    """Convert a row with a function.
+
+    Args:
+        row: The row.
+        convert: Converts a row to a list of examples; raises `RowError` for a bad row.
+        on_bad_row: `error` or `skip`.
+        columns: See `rename_columns`.
+
+    Returns:
+        The examples, and None; or no examples, and why the row is skipped.
+
+    Raises:
+        DataError: If the row is bad, with file and line, unless `on_bad_row` is `skip`.
+    """
+    try:
+        examples = list(convert(rename_columns(row, columns).data))
+    except RowError as error:
+        message = f"{row.where}: {error}"
+        if on_bad_row == "error" and not isinstance(error, SkippedRow):
+            raise DataError(f"{message}\n(or set data.on_bad_row: skip to leave out such rows)") from None
+        return [], message
+    for example in examples:
+        if hasattr(example, "where"):
+            example.where = row.where
+    return examples, None
+
+
 def convert_rows(
     rows: Iterable[LocatedRow],
     convert: Callable[[Row], Sequence[T]],
@@ -393,21 +432,14 @@ def convert_rows(
     Raises:
         DataError: At the first bad row, with file and line, unless `on_bad_row` is `skip`; or if no row is left.
     """
-    if on_bad_row not in ("error", "skip"):
-        raise DataError(f"on_bad_row is {on_bad_row!r}; it must be 'error' or 'skip'")
+    check_on_bad_row(on_bad_row)
     result: list[T] = []
     for row in rows:
         reading.rows += 1
-        try:
-            for example in convert(rename_columns(row, columns).data):
-                if hasattr(example, "where"):
-                    example.where = row.where
-                result.append(example)
-        except RowError as error:
-            message = f"{row.where}: {error}"
-            if on_bad_row == "error" and not isinstance(error, SkippedRow):
-                raise DataError(f"{message}\n(or set data.on_bad_row: skip to leave out such rows)") from None
-            reading.skipped.append(message)
+        examples, skipped = convert_row(row, convert, on_bad_row, columns)
+        result += examples
+        if skipped is not None:
+            reading.skipped.append(skipped)
     if not result:
         raise DataError(f"none of the {reading.rows} rows can be used; the first is {reading.skipped[0]}")
     return result

@@ -165,8 +165,8 @@ def _data(sources: Mapping[str, JSON]) -> Iterator[str]:
         yield from _table(("use", "source", "rows", "examples"), rows)
         mixed = [(name, _object(one)) for mixture in mixtures.values() for name, one in mixture.items()]
         if mixed:
-            yield "The training rows are a mixture:\n"
-            columns = ("source", "weight", "examples", "drawn")
+            yield "Sources of the training rows, and how often each was used (drawn):\n"
+            columns = ("source", "weight", "rows", "examples", "drawn")
             yield from _table(
                 ("name", *columns), [(name, *(one.get(column) for column in columns)) for name, one in mixed]
             )

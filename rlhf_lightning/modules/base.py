@@ -413,7 +413,13 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
                 check_accumulation(config.scheduler, self.trainer)
-                config.scheduler.set_total_steps(int(self.trainer.estimated_stepping_batches))
+                steps = self.trainer.estimated_stepping_batches
+                if steps == float("inf"):
+                    raise ConfigError(
+                        "the learning rate schedule needs the number of optimizer steps, which is unknown when "
+                        "data.train is streamed; set trainer.max_steps, or total_steps of model.lr_scheduler"
+                    )
+                config.scheduler.set_total_steps(int(steps))
 
     def on_before_batch_transfer(self, batch: Columns, dataloader_idx: int) -> Columns:
         """Convert a batch of another dataloader into the module's format; see `hf_batches.fitted`."""

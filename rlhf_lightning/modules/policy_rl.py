@@ -14,8 +14,10 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from rlhf_lightning.data.base import shard_spec_of
-from rlhf_lightning.data.batching import MixedOrder, run_seed
+from rlhf_lightning.data.batching import Example, MixedOrder, run_seed
+from rlhf_lightning.data.prompt_stream import StreamedPrompts
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, PromptDataModule, kept_prompts
+from rlhf_lightning.data.training_stream import TrainingStream
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
 from rlhf_lightning.generation.sampler import EngineSettings, ModelSampler, Sampler
@@ -66,7 +68,7 @@ from rlhf_lightning.rewards import Reward, RewardTerm, check_finite
 from rlhf_lightning.rollout.advantages import Advantage, GroupCentered
 from rlhf_lightning.rollout.collector import CHUNK, RolloutCollector, TokenFunctions, answers
 from rlhf_lightning.rollout.curriculum import Curriculum, PromptSampler
-from rlhf_lightning.rollout.dataloader import Producer, RolloutDataLoader
+from rlhf_lightning.rollout.dataloader import Producer, RolloutDataLoader, StreamedItems
 from rlhf_lightning.rollout.kl import KLController, KLPenalty
 from rlhf_lightning.rollout.producer import RolloutProducer
 from rlhf_lightning.rollout.recorded import Recorded, by_group, read_recorded
@@ -556,6 +558,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         Args:
             data: The data module.
         """
+        if data.stream is not None:
+            return self._streaming_loader(data, data.stream)
         prepared = data.prepared["train"].rows
         recorded = [row for row in prepared if isinstance(row, Recorded)]
         prompts = [row for row in prepared if isinstance(row, Prompt)]
@@ -576,6 +580,25 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             order = data.prepared["train"].order(data.mixture, data.seed)
             self.rollouts = self._loader(data, prompts, collect, where, self.producer, draw, order)
         return self.rollouts
+
+    def _streaming_loader(self, data: PromptDataModule, stream: TrainingStream[Example]) -> RolloutDataLoader[Prompt]:
+        """The dataloader of streamed prompts."""
+        for setting, value in (("model.curriculum", self.prompt_sampler), ("model.max_staleness", self.max_staleness)):
+            if value:
+                raise ConfigError(
+                    f"{setting} needs all prompts of an epoch, but data.streaming is set; remove one of them"
+                )
+        if self.distillation is not None and self.distillation.on_policy_fraction < 1:
+            raise ConfigError(
+                "distillation.on_policy_fraction is below 1, which needs an answer in every row; that cannot be "
+                "checked with data.streaming. Leave it out"
+            )
+        self._check_data(data, [], [row for row in stream.checked if isinstance(row, Prompt)])
+        self.samples_rollouts = True
+        collect = partial(self._collect, group_size=data.group_size, producer=None)
+        rollouts: RolloutDataLoader[Prompt] = self._loader(data, [], collect, {}, stream=StreamedPrompts(stream))
+        self.rollouts = rollouts
+        return rollouts
 
     def _make_producer(self, group_size: int) -> RolloutProducer:
         check_producer(self.trainer.strategy, self.model, self.sampler)
@@ -634,6 +657,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         producer: Producer[T] | None = None,
         draw: Callable[[int, int], list[int]] | None = None,
         order: MixedOrder | None = None,
+        stream: StreamedItems[T] | None = None,
     ) -> RolloutDataLoader[T]:
         return RolloutDataLoader(
             items,
@@ -649,6 +673,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             producer=producer,
             draw=draw,
             order=order,
+            stream=stream,
         )
 
     def _check_data(self, data: PromptDataModule, recorded: Sequence[Recorded], prompts: Sequence[Prompt]) -> None:

@@ -14,6 +14,7 @@ from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.records import Source
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.distributed import gather
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import replacing
 from rlhf_lightning.models.reference import Reference
 from rlhf_lightning.models.scorers import ModelScorer, by_length, padded_batches
@@ -40,6 +41,11 @@ def store_reference(
     """
     if (data := row_data_of(trainer)) is None:
         return
+    if data.streaming is not None:
+        raise ConfigError(
+            "scorer.store computes the reference's log-probabilities of all rows before training, but data.streaming "
+            "is set; remove one of them"
+        )
     model = None
     for name, prepared in data.prepared.items():
         sides = [side for row in prepared.rows for side in row.sides]

@@ -1,6 +1,6 @@
 """The rollout dataloader, which makes on-policy RL an ordinary `Trainer.fit` with automatic optimization."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from typing import Any, Generic, NamedTuple, NotRequired, Protocol, TypedDict, TypeVar
@@ -18,6 +18,7 @@ from rlhf_lightning.data.batching import (
     split_evenly,
     total_counts,
 )
+from rlhf_lightning.data.row_streams import Reader, StreamState
 from rlhf_lightning.distributed import RoundLeft, gather, leave_if, safe_points
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.rollout.producer import ProducerState
@@ -25,6 +26,7 @@ from rlhf_lightning.rollout.statistics import Sums, means
 from rlhf_lightning.types import Counts, RolloutBatch, TrainingSample
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 T_contra = TypeVar("T_contra", contravariant=True)
 
 
@@ -36,8 +38,35 @@ class LoaderState(TypedDict):
     of the epoch was yielded."""
     rows: list[list[dict[str, Any]]]
     """Within a round, the training samples of every rank, as plain values."""
+    stream: NotRequired[StreamState | None]
+    """Within an epoch, where streamed prompts are after the last round that was begun."""
     ahead: NotRequired[ProducerState]
     """Within an epoch, what a producer has sampled ahead."""
+
+
+class ItemsOfRound(Protocol[T_co]):
+    """See `StreamedRound`."""
+
+    @property
+    def prompts(self) -> Sequence[T_co]: ...
+
+    @property
+    def where(self) -> Mapping[int, str]: ...
+
+    @property
+    def state(self) -> StreamState | None: ...
+
+
+class StreamedItems(Protocol[T_co]):
+    """Items that are read round by round; see `StreamedPrompts`."""
+
+    def __len__(self) -> int: ...
+
+    def drawn(self, epochs: int, per_epoch: int, rows: int) -> list[int]: ...
+
+    def rounds(
+        self, epoch: int, shuffle: bool, per_round: int, rank: Reader, state: StreamState | None, first: int
+    ) -> Iterator[ItemsOfRound[T_co]]: ...
 
 
 class Producer(Protocol[T_contra]):
@@ -97,6 +126,7 @@ class RolloutDataLoader(Generic[T]):
         draw: Called at the start of each epoch with the epoch and `items_per_round`; returns the positions of its items
             in order, as many as there are. By default each item occurs once, in random order.
         order: Order of the items of a mixture.
+        stream: Streamed prompts, instead of `items`.
 
     Raises:
         ConfigError: On iteration, if an optimizer step would span two rounds.
@@ -125,9 +155,11 @@ class RolloutDataLoader(Generic[T]):
         producer: Producer[T] | None = None,
         draw: Callable[[int, int], list[int]] | None = None,
         order: MixedOrder | None = None,
+        stream: "StreamedItems[T] | None" = None,
     ) -> None:
         self.items, self.collect, self.pad_id, self.seed = items, collect, pad_id, seed
-        self.order, self.items_per_epoch = order, len(items) if order is None else len(order)
+        self.order, self.stream = order, stream
+        self.items_per_epoch = len(items if stream is None and order is None else stream or order or [])
         self.items_per_round = min(items_per_round, self.items_per_epoch)
         self.update_epochs, self.minibatches = update_epochs, minibatches
         self.shard_spec, self.shuffle, self.where, self.producer = shard_spec, shuffle, where or {}, producer
@@ -135,6 +167,8 @@ class RolloutDataLoader(Generic[T]):
         self.position = self._start = 0
         """See `LoaderState.position`."""
         self._epoch: int | None = None
+        self._streamed: dict[int, StreamState | None] = {}
+        """State of the stream after the last rounds, by the number of rounds read."""
         self.interruption: Interruption | None = None
         """Set by the checkpoint callback, to stop on a signal while a round is collected. None if a round is always
         finished, as with a sharded model."""
@@ -170,17 +204,40 @@ class RolloutDataLoader(Generic[T]):
         # Only a loaded state sets the start. An epoch that was cut short (limit_train_batches) is not continued.
         start, self._start = self._start, 0
         self.position = start
-        order = self._order(shard_spec.epoch)
-        batches = self._batches(shard_spec)
-        size = self.items_per_round
-        rounds = [[self.items[i] for i in order[k * size : (k + 1) * size]] for k in range(self.rounds)]
-        # Those that the epoch reaches, less a round that is restored as a whole.
-        reached = range(start // self.per_round + (self._restored is not None), -(-batches // self.per_round))
-        ahead = [(self._index(k, shard_spec), rounds[k][shard_spec.rank :: shard_spec.world]) for k in reached]
+        first = start // self.per_round
+        if self.stream is not None:
+            rounds: Iterable[list[T]] = self._streamed_rounds(self.stream, first, shard_spec)
+            ahead: list[tuple[int, list[T]]] = []
+        else:
+            rounds = own = self._own_rounds(first, shard_spec)
+            # Those that the epoch reaches, less a round that is restored as a whole.
+            reached = range(first + (self._restored is not None), -(-self._batches(shard_spec) // self.per_round))
+            ahead = [(self._index(k, shard_spec), own[k - first]) for k in reached]
         with self.producer.running(ahead) if self.producer else nullcontext():
-            for round_in_epoch in range(start // self.per_round, self.rounds):
+            for round_in_epoch, items in enumerate(rounds, first):
                 done = max(0, start - round_in_epoch * self.per_round)
-                yield from self._round(rounds[round_in_epoch], round_in_epoch, done, shard_spec)
+                yield from self._round(items, round_in_epoch, done, shard_spec)
+
+    def _own_rounds(self, first: int, shard_spec: ShardSpec) -> list[list[T]]:
+        """This rank's items of each round of an epoch, from round `first` on."""
+        order, size = self._order(shard_spec.epoch), self.items_per_round
+        rounds = [order[k * size : (k + 1) * size] for k in range(first, self.rounds)]
+        return [[self.items[i] for i in positions[shard_spec.rank :: shard_spec.world]] for positions in rounds]
+
+    def _streamed_rounds(self, stream: "StreamedItems[T]", first: int, shard_spec: ShardSpec) -> Iterator[list[T]]:
+        """The same for streamed items, which are read when their round begins."""
+        state = self._streamed.get(first + (self._restored is not None))
+        if self._restored is not None:
+            first += 1
+            yield []  # its training samples are restored
+        rank = Reader(shard_spec.rank, shard_spec.world)
+        self._streamed = {first: state}
+        for found in stream.rounds(shard_spec.epoch, self.shuffle, self.items_per_round, rank, state, first):
+            first += 1
+            self._streamed[first] = found.state
+            self._streamed.pop(first - 3, None)
+            self.where = found.where
+            yield [*found.prompts]
 
     def _order(self, epoch: int) -> list[int]:
         """Positions of an epoch's items, in order."""
@@ -195,12 +252,12 @@ class RolloutDataLoader(Generic[T]):
 
     def drawn(self) -> list[int]:
         """Number of items that each source of the mixture has given since training began; empty without a mixture."""
-        if self.order is None:
+        if (counter := self.order if self.stream is None else self.stream) is None:
             return []
         shard_spec = self.shard_spec()
         epoch, inside = (-(-batches // self.per_round) for batches in (self._batches(shard_spec), self.position))
         epochs = complete_epochs(self._epoch, self.position, shard_spec)
-        return self.order.drawn(epochs, epoch * self.items_per_round, inside * self.items_per_round)
+        return counter.drawn(epochs, epoch * self.items_per_round, inside * self.items_per_round)
 
     def _index(self, round_in_epoch: int, shard_spec: ShardSpec) -> int:
         """Index of a round over all epochs."""
@@ -214,7 +271,7 @@ class RolloutDataLoader(Generic[T]):
         """The mini-batches of a round.
 
         Args:
-            items: Prompts or recorded groups of all ranks.
+            items: Prompts or recorded groups of this rank.
             round_in_epoch: Index of the round in its epoch.
             done: Number of its mini-batches that were yielded before the checkpoint.
             shard_spec: The part of the epoch that this rank takes.
@@ -225,7 +282,7 @@ class RolloutDataLoader(Generic[T]):
             self._rows = self._restored
         else:
             with self._interruptible():
-                self._rows, sums = self.collect(items[shard_spec.rank :: shard_spec.world], round_index)
+                self._rows, sums = self.collect(items, round_index)
                 # Merged here, on all ranks, because a rank may have no episodes or different metrics.
                 statistics = means(gather(sums))
         self._restored = None
@@ -316,6 +373,8 @@ class RolloutDataLoader(Generic[T]):
         inside = not self.at_round_start
         rows = [asdict(row) for row in self._rows] if inside else []
         state: LoaderState = {"position": self.position, "rows": gather(rows)}
+        if self.stream is not None and self.position:
+            state["stream"] = self._streamed.get(-(-self.position // self.per_round))
         if self.producer and self.position:
             first = self._index(self.position // self.per_round + inside, self.shard_spec())
             state["ahead"] = self.producer.state_dict(first)
@@ -337,6 +396,8 @@ class RolloutDataLoader(Generic[T]):
                 "the end of a round (--ckpt_path), which exists if --checkpoint_every is a multiple of the optimizer "
                 "steps per round."
             )
+        if "stream" in state:
+            self._streamed = {-(-self.position // self.per_round): state["stream"]}
         self._restored = [TrainingSample(**row) for row in state["rows"][shard_spec.rank]] if inside else None
         if self.producer and "ahead" in state:
             self.producer.load_state_dict(state["ahead"], shard_spec.rank, shard_spec.world)

@@ -17,12 +17,13 @@ from rlhf_lightning import (
     SFTModule,
 )
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+from rlhf_lightning.data.row_streams import Streaming
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.rewards import KeywordReward
-from tests.helpers.rows import chats, pairs, prompts
+from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.training import adamw, trainer
 
-KINDS = ("sft", "preference", "policy")
+KINDS = ("sft", "preference", "policy", "streamed")
 LENGTHS: dict[str, dict[str, Any]] = {
     "steps": {"max_epochs": None, "max_steps": 9},
     "epochs": {"max_epochs": 3},
@@ -37,6 +38,11 @@ def parts(kind: str, base: str) -> tuple[Any, Any]:
     quiet: dict[str, Any] = {"show_example": False}
     if kind == "sft":
         return SFTModule(base, optimizer=adam), SFTDataModule(chats(6), chats(2), batch_size=2, **quiet)
+    if kind == "streamed":  # two sources, of which one starts over, in blocks of two rows
+        file, other = (write_rows(Path(base) / name, chats(n)) for name, n in (("a.jsonl", 5), ("b.jsonl", 3)))
+        mixture = {"a": {"source": file, "weight": 3}, "b": {"source": other, "weight": 4}}
+        ends: dict[str, Any] = {"stopping_strategy": "all_exhausted", "streaming": Streaming(shuffle_buffer=2)}
+        return SFTModule(base, optimizer=adam), SFTDataModule(mixture, chats(2), batch_size=4, **ends, **quiet)
     if kind == "preference":
         return PreferenceModule(base, optimizer=adam), PreferenceDataModule(pairs(6), pairs(2), batch_size=2, **quiet)
     policy = PolicyRLModule(
