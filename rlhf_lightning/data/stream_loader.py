@@ -65,6 +65,8 @@ class StreamLoaderState(TypedDict):
 
     position: int
     """Number of batches of this epoch that were taken; 0 at its end."""
+    epoch: int
+    """Index of the epoch, or of the next one at its end. Lightning's own is not right yet when it fetches ahead."""
     ranks: list[RankState]
 
 
@@ -238,7 +240,7 @@ class StreamLoader(Generic[ExampleT, BatchT]):
     ) -> None:
         self.rows, self.collate, self.batch_size = rows, collate, batch_size
         self.shuffle, self.shard_spec = shuffle, shard_spec
-        self._yielded, self._exhausted = 0, False
+        self._yielded, self._epoch, self._exhausted = 0, 0, False
         self._taken = taken or (lambda: self._yielded)
         self._limit: int | None = None
         self._states: dict[int, tuple[RankState, list[SourceCounts]]] = {}
@@ -250,11 +252,11 @@ class StreamLoader(Generic[ExampleT, BatchT]):
         shard_spec = self.shard_spec()
         start, self._start = self._start, None
         state = start["ranks"][shard_spec.rank] if start else self._new_epoch()
-        self._yielded = start["position"] if start else 0
+        self._yielded, self._epoch = (start["position"], start["epoch"]) if start else (0, shard_spec.epoch)
         self._exhausted, self._limit = False, shard_spec.limit
         self._states = {self._yielded: (state, self._totals)}
         window = _Window(
-            self.rows.read(shard_spec.epoch, shard_spec.rank, shard_spec.world, state["position"], self.shuffle), state
+            self.rows.read(self._epoch, shard_spec.rank, shard_spec.world, state["position"], self.shuffle), state
         )
         done = state["batches"]
         while True:
@@ -317,7 +319,7 @@ class StreamLoader(Generic[ExampleT, BatchT]):
         own = self._states[taken][0] if taken in self._states else self._new_epoch()
         if ended:
             own = {"position": self.rows.begin(own["position"]["counts"]), "used": 0, "batches": 0}
-        return {"position": 0 if ended else taken, "ranks": gather(own)}
+        return {"position": 0 if ended else taken, "epoch": self._epoch + ended, "ranks": gather(own)}
 
     def load_state_dict(self, state: StreamLoaderState) -> None:
         """Restore a `state_dict`.
@@ -331,7 +333,7 @@ class StreamLoader(Generic[ExampleT, BatchT]):
         elif len(state["ranks"]) != world:  # at the end of an epoch; the first rank keeps the counts
             others = [self.rows.begin()["counts"]] * (world - 1)
             begun = [self.rows.begin(kept) for kept in (_sums(counts), *others)]
-            state = {"position": 0, "ranks": [{"position": one, "used": 0, "batches": 0} for one in begun]}
+            state = {**state, "ranks": [{"position": one, "used": 0, "batches": 0} for one in begun]}
         self._start, self._totals = state, _sums(counts)
 
 
