@@ -115,7 +115,8 @@ class ConsoleLines(pl.Callback):
         self._printed, self._last = time.time(), (step, shown)
         spent = self._printed - self._started
         left = remaining(spent, step - self._first, float(total) - step)
-        print(f"step {step}/{total}  {duration(spent)}{left}  {shown}", flush=True)
+        known = f"/{total}" if 0 <= total < float("inf") else ""  # unknown of a stream
+        print(f"step {step}{known}  {duration(spent)}{left}  {shown}", flush=True)
 
 
 def watch_sampling(module: pl.LightningModule, watch: Watch) -> None:

@@ -8,7 +8,7 @@ buffer of `datasets` itself is lost when its state is loaded. Each epoch has ano
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import copy
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -173,7 +173,7 @@ class StreamedSource:
         import datasets
 
         if self.dataset is not None:
-            return copy(self.dataset)  # because a state that is loaded stays in it
+            return deepcopy(self.dataset)  # because a state that is loaded stays in it
         order = range(len(self.spans)) if seed is None else permutation(len(self.spans), seed)
         given = {"spans": [self.spans[i] for i in order]}
         return datasets.IterableDataset.from_generator(_examples, gen_kwargs=given)

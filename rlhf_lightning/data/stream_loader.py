@@ -5,7 +5,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypedDict
 
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+import torch.utils.data
+from torch.utils.data import DataLoader, IterableDataset
 
 from rlhf_lightning.data.batching import BatchT, ExampleT, ShardSpec, check_world, mix_seeds, split_evenly, total_counts
 from rlhf_lightning.data.mixing import Mixture
@@ -161,6 +162,10 @@ def _sums(counts: Sequence[Sequence[SourceCounts]]) -> list[SourceCounts]:
     ]
 
 
+def _no_worker_info() -> None:
+    return None
+
+
 def _same(value: Any) -> Any:
     return value
 
@@ -182,7 +187,9 @@ class _WorkerRows(IterableDataset, Generic[ExampleT]):
 
     def __iter__(self) -> Iterator[tuple[int, Converted[ExampleT], StreamState]]:
         rows, workers = self.rows, self.rows.workers
-        info = get_worker_info()
+        info = torch.utils.data.get_worker_info()
+        if info is not None:  # `datasets` would split its files among the workers, too; rows are split here
+            torch.utils.data.get_worker_info = _no_worker_info
         worker = (self.position["turn"] + (info.id if info else 0)) % workers
         stream = RowStream(
             rows.sources,

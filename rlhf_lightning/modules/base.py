@@ -414,7 +414,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
             if isinstance(config.scheduler, Warmup) and config.scheduler.total_steps is None:
                 check_accumulation(config.scheduler, self.trainer)
                 steps = self.trainer.estimated_stepping_batches
-                if steps == float("inf"):
+                if not 0 <= steps < float("inf"):
                     raise ConfigError(
                         "the learning rate schedule needs the number of optimizer steps, which is unknown when "
                         "data.train is streamed; set trainer.max_steps, or total_steps of model.lr_scheduler"

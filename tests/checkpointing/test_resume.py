@@ -33,6 +33,10 @@ from tests.helpers.resume import (
 from tests.helpers.runs import Run, complete, members
 
 ALONE = [Setting(*each) for each in product(MODULES, (1, 2), ("max_epochs", "max_steps"), (1, 2))]
+STREAMED = [
+    Setting(kind, devices, length, 2, streamed=True)
+    for kind, (devices, length) in product(MODULES, [(1, "max_epochs"), (2, "max_steps")])
+]
 PIPELINES = [
     Setting("pipeline", devices, length, accumulate)
     for devices, length, accumulate in [
@@ -161,6 +165,7 @@ KILL, TERM = signal.SIGKILL, signal.SIGTERM
         (Setting("preference", 1, "max_steps", 1), KILL, 0),
         (Setting("policy", 1, "max_steps", 2), KILL, 0),
         (Setting("sft", 2, "max_steps", 2), KILL, 0),
+        (Setting("sft", 2, "max_steps", 2, streamed=True), KILL, 0),
     ],
     ids=str,
 )
@@ -226,7 +231,7 @@ def test_run_killed_after_early_stopping_does_not_continue(kind: str, base: str,
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("number", [KILL, TERM], ids=["kill -9", "SIGTERM"])
-@pytest.mark.parametrize("setting", [*ALONE, *PIPELINES], ids=str)
+@pytest.mark.parametrize("setting", [*ALONE, *STREAMED, *PIPELINES], ids=str)
 def test_run_interrupted_at_random_equals_uninterrupted_run(
     setting: Setting, number: int, whole: Any, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ from rlhf_lightning.rewards import KeywordReward
 from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.training import adamw, trainer
 
-KINDS = ("sft", "preference", "policy", "streamed")
+KINDS = ("sft", "preference", "policy", "streamed", "streamed prompts")
 LENGTHS: dict[str, dict[str, Any]] = {
     "steps": {"max_epochs": None, "max_steps": 9},
     "epochs": {"max_epochs": 3},
@@ -48,7 +48,10 @@ def parts(kind: str, base: str) -> tuple[Any, Any]:
     policy = PolicyRLModule(
         base, optimizer=adam, rewards=[KeywordReward(["a", "e"], min_words=1)], sampler=Sampler(max_tokens=4)
     )
-    rounds = {"prompts_per_round": 2, "group_size": 2, "minibatches": 2}
+    rounds: dict[str, Any] = {"prompts_per_round": 2, "group_size": 2, "minibatches": 2}
+    if kind == "streamed prompts":
+        file = write_rows(Path(base) / "prompts.jsonl", prompts(4))
+        return policy, PromptDataModule(file, prompts(2), streaming=Streaming(shuffle_buffer=3), **rounds, **quiet)
     return policy, PromptDataModule(prompts(4), prompts(2), **rounds, **quiet)
 
 

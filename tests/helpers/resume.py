@@ -34,10 +34,12 @@ class Setting(NamedTuple):
     devices: int = 1
     length: str = "max_epochs"
     accumulate: int = 2
+    streamed: bool = False
 
     def __str__(self) -> str:
         ranks = "1 device" if self.devices == 1 else f"{self.devices} ranks (DDP, gloo)"
-        return f"{self.kind}, {ranks}, {self.length} alone, accumulation {self.accumulate}"
+        streamed = ", streamed" if self.streamed else ""
+        return f"{self.kind}, {ranks}, {self.length} alone, accumulation {self.accumulate}{streamed}"
 
     @property
     def stages(self) -> list[str]:
@@ -57,7 +59,13 @@ STEPS = {1: 20, 2: 10}
 
 
 def config(
-    kind: str, base: str, folder: Path, devices: int = 1, length: str = "max_epochs", accumulate: int = 2
+    kind: str,
+    base: str,
+    folder: Path,
+    devices: int = 1,
+    length: str = "max_epochs",
+    accumulate: int = 2,
+    streamed: bool = False,
 ) -> list[str]:
     """A config with everything that a kill may hit: micro-batches, validations within epochs, rounds, checkpoints."""
     settings = stage_config(kind, base, folder)
@@ -77,6 +85,12 @@ def config(
         settings["model"]["kl"] = {"coefficient": 0.05}
     else:
         settings["data"]["batch_size"] = 2
+    if streamed:
+        settings["data"]["streaming"] = {"shuffle_buffer": 3}
+        if kind != "policy":  # an epoch has no known length
+            settings["trainer"]["val_check_interval"] = 2
+            if length == "max_epochs":
+                del settings["model"]["lr_scheduler"]
     if devices > 1:
         settings["trainer"] |= {"devices": devices, "strategy": "ddp_fork"}
     return [kind, "fit", "-c", write_yaml(folder / f"{kind}.yaml", settings), "--checkpoint_every", "2"]
