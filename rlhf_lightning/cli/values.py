@@ -61,7 +61,7 @@ def check_values(parser: argparse.ArgumentParser, config: Namespace) -> None:
             takes_none = action.default is None or (_takes_none(hint) if hint is not None else False)
             value = config[action.dest]
             _check(action.dest, value, takes_none, action.default == "")
-            for field in fields(kind) if value is not None and (kind := _dataclass(hint)) else ():
+            for field in fields(kind) if isinstance(value, Namespace | dict) and (kind := _dataclass(hint)) else ():
                 if (inner := value.get(field.name)) is None and inner != field.default and not _takes_none(field.type):
                     raise ConfigError(f"{action.dest}.{field.name} is null; it needs a value")
 
