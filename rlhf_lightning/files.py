@@ -67,6 +67,11 @@ def is_open_stream(path: str | os.PathLike[str]) -> bool:
     return bool(_STREAM.fullmatch(os.fspath(path))) and not os.path.isfile(path) and os.path.exists(path)
 
 
+def is_url(source: str) -> bool:
+    """True for the address of a server, in place of a path."""
+    return source.startswith(("http://", "https://"))
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
     """True if a path is a file, False if it does not exist.
 

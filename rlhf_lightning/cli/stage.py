@@ -33,7 +33,7 @@ from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.cli.values import check_values
 from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.files import is_file, read_record, real_path, visible
+from rlhf_lightning.files import is_file, is_url, read_record, real_path, visible
 from rlhf_lightning.pipeline.stage_process import parent_is_watched, watch_parent
 from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
 from rlhf_lightning.report import report_after_stage
@@ -387,7 +387,11 @@ class StageCLI(LightningCLI):
         now = _flat(dump[self.subcommand])
         if self.kind == "policy":  # earlier versions stored these settings
             before = {key: value for key, value in before.items() if key not in ("data.batch_size", "data.max_length")}
-        return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        return sorted(
+            key
+            for key in before.keys() | now.keys()
+            if before.get(key) != now.get(key) and not (_is_address(before.get(key)) and _is_address(now.get(key)))
+        )
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -413,6 +417,12 @@ class StageCLI(LightningCLI):
         fast = self.config[self.subcommand].trainer.fast_dev_run
         if self.subcommand == "fit" and self.trainer.is_global_zero and not fast:
             report_after_stage(self.root)
+
+
+def _is_address(value: JSON) -> bool:
+    """True for the address of a server, or a list of them. They may change on resume, since servers may move."""
+    listed = value if isinstance(value, list) else [value]
+    return bool(listed) and all(isinstance(one, str) and is_url(one) for one in listed)
 
 
 def _with_recipe(

@@ -47,6 +47,7 @@ class Endpoint:
         key_variable: Environment variable with the key that the server requires. It is read for each request, and
             neither kept nor shown.
         timeout: Seconds that a request may take.
+        setting: The setting that names this server, for messages.
 
     Raises:
         ConfigError: If the URL is invalid.
@@ -55,18 +56,20 @@ class Endpoint:
     url: str
     key_variable: str
     timeout: float
+    setting: str = "sampler.engine"
     _open: set[HTTPConnection] = field(default_factory=set, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.username or parts.password:
+        if "@" in self.url:
             # The message must not show the password.
             raise ConfigError(
-                f"sampler.engine.url: the address of {parts.hostname} has a user name or password; put the server's "
-                f"key into the environment variable {self.key_variable}"
+                f"{self.setting}: the address of {self.url.rpartition('@')[2]} has a user name or password; put the "
+                f"server's key into the environment variable {self.key_variable}"
             )
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise ConfigError(f"sampler.engine.url is {self.url!r}; it must be http://HOST:PORT or https://HOST:PORT")
+        if not _is_address(self.url):
+            raise ConfigError(
+                f"{self.setting}: the address is {self.url!r}; it must be http://HOST:PORT or https://HOST:PORT"
+            )
 
     def send(self, method: Literal["GET", "POST"], path: str, body: Mapping[str, JSON] | None = None) -> bytes:
         """Send a request and return the body of the answer.
@@ -102,7 +105,7 @@ class Endpoint:
             response = connection.getresponse()
             status, text = response.status, response.read()
         except ssl.SSLCertVerificationError as error:
-            raise ConfigError(f"sampler.engine: the certificate of {self.url} is not valid ({error.reason})") from None
+            raise ConfigError(f"{self.setting}: the certificate of {self.url} is not valid ({error.reason})") from None
         except TimeoutError:
             what = f"did not answer {path} within {self.timeout:g} s" if began else "cannot be reached (no connection)"
             raise Unavailable(f"{self.url} {what}", began) from None
@@ -117,14 +120,14 @@ class Endpoint:
         if status == 401:
             wrong = "the key in it is refused" if key else "it is empty"
             raise ConfigError(
-                f"sampler.engine: {self.url} requires a key in the environment variable {self.key_variable}, but "
+                f"{self.setting}: {self.url} requires a key in the environment variable {self.key_variable}, but "
                 f"{wrong}; set it to the key that `vllm serve` was started with (--api-key)"
             )
         if status == 404:
             raise NotFound(reason)
         if status in REPEATABLE:
             raise Unavailable(reason, began=status not in (429, 503))
-        raise ConfigError(f"sampler.engine: {reason}")
+        raise ConfigError(f"{self.setting}: {reason}")
 
     def read(
         self, method: Literal["GET", "POST"], path: str, body: Mapping[str, JSON] | None = None
@@ -142,7 +145,7 @@ class Endpoint:
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise ConfigError(f"sampler.engine: {self.url}{path} does not answer with a JSON object; is it vLLM?")
+            raise ConfigError(f"{self.setting}: {self.url}{path} does not answer with a JSON object; is it vLLM?")
         return found
 
     def abort(self) -> None:
@@ -151,6 +154,16 @@ class Endpoint:
             if isinstance(connection.sock, socket.socket):
                 with suppress(OSError):
                     connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        return False
+    rest = parts.query or parts.fragment
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not rest
 
 
 def _reason(text: bytes) -> str:

@@ -36,7 +36,15 @@ from rlhf_lightning.generation.policy_weights import PolicyWeights, write_adapte
 from rlhf_lightning.generation.sampler import EngineSettings
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts
 from rlhf_lightning.generation.vllm_http import Endpoint, NotFound, Unavailable
-from rlhf_lightning.generation.vllm_requests import check_settings, check_version, completion, request_settings
+from rlhf_lightning.generation.vllm_requests import (
+    UNKNOWN,
+    check_logprobs,
+    check_settings,
+    completion,
+    prompt_logprobs,
+    request_settings,
+    served_model,
+)
 from rlhf_lightning.models.lora import base_of, is_adapted
 from rlhf_lightning.run_folder import claim
 from rlhf_lightning.types import JSON, Completion, Tokenizer
@@ -55,8 +63,6 @@ DELAYS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 SYNCS = ("adapter", "merged")
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 RAW, PROCESSED = "--logprobs-mode raw_logprobs", "--logprobs-mode processed_logprobs"
-UNKNOWN = -9999.0
-"""What vLLM reports for a log-probability that is minus infinity or not a number."""
 WORKER = "rlhf_lightning.generation.vllm_worker.PolicyWorker"
 """The methods that full weights need on a server."""
 SHARD = 4 * 2**30
@@ -191,21 +197,7 @@ class Server:
             ConfigError: If it is not.
             Unavailable: If it does not answer.
         """
-        try:
-            version = self.endpoint.read("GET", "/version").get("version")
-            cards = self.endpoint.read("GET", "/v1/models").get("data")
-        except NotFound as error:
-            raise ConfigError(f"sampler.engine: {error}; training needs `vllm serve`, not another server") from None
-        card = cards[0] if isinstance(cards, list) and cards else None
-        if not isinstance(card, dict) or card.get("owned_by") != "vllm" or not isinstance(version, str):
-            raise ConfigError(f"sampler.engine: {self.url} is not a vLLM server; training needs `vllm serve`")
-        check_version(version, f"serves {self.url}")
-        model, root, context = card.get("id"), card.get("root"), card.get("max_model_len")
-        if not isinstance(model, str) or not isinstance(root, str) or not isinstance(context, int):
-            raise ConfigError(f"sampler.engine: {self.url}/v1/models does not say the model and its length")
-        if self.root not in ("", root):
-            raise ConfigError(f"sampler.engine: {self.url} was restarted with the model {root}; it had {self.root}")
-        self.model, self.root, self.context = model, root, context
+        self.model, self.root, self.context = served_model(self.endpoint, self.root)
         self._check_vocabulary()
         raw = self._probe_logprobs()
         if self.raw_logprobs not in (None, raw):
@@ -297,11 +289,7 @@ class Server:
         numbers = [float(number) for number in logprobs if isinstance(number, int | float)]
         if not len(whole) == len(numbers) == len(contents) > 0:
             raise ConfigError(f"sampler.engine: {self.url} answered without token ids or log-probabilities")
-        if not all(UNKNOWN < number <= 1e-3 for number in numbers):
-            raise ConfigError(
-                f"sampler.engine: {self.url} reports a log-probability of {min(numbers)}, so its computation has "
-                "overflowed; serve the model in bfloat16 or float32 (--dtype)"
-            )
+        check_logprobs(numbers, self.endpoint)
         return Sampled(whole, numbers, str(reason))
 
     def score(self, rows: Sequence[Sequence[int]], weights: Weights) -> list[list[float]]:
@@ -317,16 +305,7 @@ class Server:
         found = []
         for row in rows:
             reply = self._confirmed(row, {"max_tokens": 1, "logprobs": 0, "prompt_logprobs": 0}, weights)
-            steps = reply.get("prompt_logprobs")
-            entries = [
-                step.get(str(token)) if isinstance(step, dict) else None
-                for token, step in zip(row[1:], steps[1:] if isinstance(steps, list) else [], strict=False)
-            ]
-            numbers = [entry.get("logprob") if isinstance(entry, dict) else None for entry in entries]
-            scores = [float(number) for number in numbers if isinstance(number, int | float)]
-            if len(scores) != len(row) - 1:
-                raise ConfigError(f"sampler.engine: {self.url} does not report the log-probabilities of a prompt")
-            found.append(scores)
+            found.append(prompt_logprobs(reply.get("prompt_logprobs"), row, self.endpoint))
         return found
 
     def restore(self, weights: Weights, patience: float, stop: threading.Event, reason: str) -> None:

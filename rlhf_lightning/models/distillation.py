@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, check_whole, quoted
+from rlhf_lightning.files import is_url
 from rlhf_lightning.models.offload import check_place
 from rlhf_lightning.models.reference import Reference, load_reference
 from rlhf_lightning.models.token_logprobs import Comparison
@@ -67,6 +68,12 @@ class Distillation(Settings):
     ) -> None:
         if not isinstance(teacher, str) or not teacher:
             raise ConfigError(f"distillation.teacher is {teacher!r}; it must be a model folder or a Hub id")
+        if is_url(teacher):
+            raise ConfigError(
+                f"distillation.teacher is {teacher!r}, but a server does not give the probabilities of all tokens. Set "
+                "model.recipe: distill_pg with this address as model.kl.reference, which needs only those of the "
+                "sampled tokens, or name a model folder or Hub id"
+            )
         for name, value in (("beta", beta), ("on_policy_fraction", on_policy_fraction)):
             if not 0 <= value <= 1:
                 raise ConfigError(f"distillation.{name} is {value}; it must be in [0, 1]")

@@ -398,16 +398,29 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: Tokenizer, name: str =
         ConfigError: If the tokenizer has an id without an embedding.
     """
     rows = model.get_input_embeddings().weight.shape[0]
-    # By id, because ids may have gaps. Gemma 3 1B has no embedding for its image token, which rows never contain.
-    beyond = sorted(token for token, number in tokenizer.get_vocab().items() if number >= rows)
-    special = [str(t) for t in tokenizer.added_tokens_decoder.values() if t.special]
-    beyond = [token for token in beyond if token not in special or not _MEDIA.search(token)]
-    if beyond:
+    # By id, because ids may have gaps.
+    if beyond := sorted(token for token, number in text_tokens(tokenizer).items() if number >= rows):
         raise ConfigError(
             f"the tokenizer has {len(tokenizer)} tokens, but {name} has {rows} embeddings, so they do not match "
             f"(there is no embedding for {beyond[0]!r}). Use the model's own tokenizer, or a model with this "
             "vocabulary."
         )
+
+
+def text_tokens(tokenizer: Tokenizer) -> dict[str, int]:
+    """Token ids by token, without those of images, audio and video, which rows never contain.
+
+    Gemma 3 1B has no embedding for its image token.
+
+    Args:
+        tokenizer: The tokenizer.
+    """
+    special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if token not in special or not _MEDIA.search(token)
+    }
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import is_url
 from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.lora import is_adapted, simple
 from rlhf_lightning.models.offload import Placement
@@ -190,6 +192,11 @@ def load_reference(
     Raises:
         ConfigError: If the model cannot be loaded, or has another vocabulary.
     """
+    if is_url(source):
+        raise ConfigError(
+            f"{name} is {source!r}, but its weights must be on this machine; name a model folder or Hub id. Only the "
+            "reference of policy RL (model.kl.reference) may be a server"
+        )
     model = load_for_scoring(source, "CAUSAL_LM", dtype)
     check_vocabulary(model, tokenizer, name)
     return Reference(model, max_tokens_per_batch=max_tokens_per_batch, device=device, offload=offload, separate=True)

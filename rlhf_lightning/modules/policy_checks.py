@@ -154,6 +154,20 @@ def check_distillation(
         raise ConfigError("model.resample_groups has no effect without rewards; leave it out")
 
 
+def check_reference(kl: KLPenalty | None, sampler: Sampler) -> None:
+    """Raise `ConfigError` if a server cannot compute the reference's log-probabilities for these samples.
+
+    Args:
+        kl: The KL penalty, if any.
+        sampler: The sampler's settings.
+    """
+    if kl is not None and kl.served and sampler.temperature != 1:
+        raise ConfigError(
+            f"sampler.temperature is {sampler.temperature}, but with a server as kl.reference the log-probabilities "
+            "are those at temperature 1, which is all that vLLM computes for given tokens; set it to 1"
+        )
+
+
 def check_rounds(data: PromptDataModule, objective: PolicyObjective, accumulate: int) -> None:
     """Raise `ConfigError` if the rounds of the data do not fit the loss.
 

@@ -21,6 +21,7 @@ from rlhf_lightning.data.training_stream import TrainingStream
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
 from rlhf_lightning.generation.sampler import EngineSettings, ModelSampler, Sampler
+from rlhf_lightning.generation.server_reference import ServerReference
 from rlhf_lightning.models.critic import Critic, ValueModel
 from rlhf_lightning.models.distillation import Distillation
 from rlhf_lightning.models.loading import disable_dropout
@@ -40,6 +41,7 @@ from rlhf_lightning.modules.policy_checks import (
     check_minibatches,
     check_producer,
     check_recorded,
+    check_reference,
     check_rewards,
     check_rounds,
     check_sampling,
@@ -201,6 +203,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         """Samples rounds ahead of training; None if `max_staleness` is 0, or before training."""
         check_algorithm(self.objective, self.advantage, self.kl, self.critic)
         check_distillation(distillation, self.kl, self.rewarded, self.resample_groups, max_staleness)
+        check_reference(kl, self.sampler)
         check_finite("model.truncated_reward", truncated_reward)
         check_finite("model.entropy_coefficient", entropy_coefficient)
         check_whole("model.resample_groups", self.resample_groups, 0, MOST_TIMES)
@@ -216,7 +219,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         self.register_module("value_model", None)  # so that its parameters come before the policy's
         self.seed, self.last_statistics = run_seed(), dict[str, float]()
         self.step_numbers = StepNumbers(NUMBERS, LARGEST)
-        self.reference: Reference | None = None
+        self.reference: Reference | ServerReference | None = None
         self.samples_rollouts = False
         """True if the policy samples the episodes that it is trained on; False if they are recorded."""
         self.heldout = nn.ModuleDict({f"{name}_": HeldOut() for name in ("val", "test")})
@@ -412,7 +415,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
 
         Args:
             model: See `PolicyRLModule`.
-            teacher: Model folder or Hub id of the teacher.
+            teacher: Model folder or Hub id of the teacher, or the address of a vLLM server that has it.
             rewards: See `PolicyRLModule`.
             **settings: Further arguments of `PolicyRLModule`; they override those of the recipe.
 
@@ -468,7 +471,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             advantage=self.advantage,
             seed=self.seed,
             kl_controller=self.kl_controller,
-            reference=self.reference,
+            reference=None if isinstance(self.reference, ServerReference) else self.reference,
             token_functions=self._token_functions(),
             environment=self.environment,
             limits=self.limits,
@@ -479,7 +482,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
             sampling_context=self.sampling_context,
         )
 
-    def _make_reference(self, kl: KLPenalty) -> Reference:
+    def _make_reference(self, kl: KLPenalty) -> Reference | ServerReference:
         """The policy at the start of the stage, or the model that `kl.reference` names; raises `ConfigError`."""
         if kl.reference is None:
             return Reference(
@@ -490,6 +493,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
                 device=kl.device,
                 offload=kl.offload,
             )
+        if kl.served:
+            return ServerReference(kl.reference, self.tokenizer)
         return load_reference(
             kl.reference,
             self.tokenizer,
@@ -699,6 +704,8 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         if self.rewarded:
             check_groups(data.group_size, self.advantage, self.resample_groups)
         check_sampling(self.sampler, prompts, self.model_sampler.context)
+        if isinstance(self.reference, ServerReference):
+            self.reference.check_length(max(prompt.tokens for prompt in prompts) + self.sampler.max_tokens)
         self._check_signal()
         if self.distillation is not None and self.distillation.on_policy_fraction < 1:
             check_answers(prompts, data.group_size)

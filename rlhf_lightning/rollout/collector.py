@@ -65,7 +65,8 @@ class RolloutCollector:
         advantage: Turns rewards into advantages.
         seed: Seed of all sampled tokens.
         kl_controller: The KL penalty with its current coefficient, which may adapt between rounds.
-        reference: The reference of the KL penalty; refreshed between rounds if `KLPenalty.refresh_every` is set.
+        reference: The reference of the KL penalty, for `KLPenalty.refresh_every`: it is refreshed between rounds, and
+            its weights are saved. None if it is a server.
         token_functions: Fill fields of the training samples, such as the reference's log-probabilities.
         environment: Creates the environment of an episode; see `PolicyRLModule`.
         limits: Limits of an episode.
@@ -157,10 +158,10 @@ class RolloutCollector:
     @torch.no_grad()
     def _begin_round(self) -> None:
         """Adapt the KL coefficient to the last round's KL (see `observe`), and refresh a moving reference when due."""
-        if self.kl_controller is not None and self.reference is not None:
+        if self.kl_controller is not None:
             self.kl_controller.adapt()
             every = self.kl_controller.penalty.refresh_every
-            if every and self.started and self.started % every == 0:
+            if self.reference is not None and every and self.started and self.started % every == 0:
                 self.reference.refresh()
         self.started += 1
 

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.files import is_url
+from rlhf_lightning.generation.server_reference import endpoint
 from rlhf_lightning.models.offload import check_place
 from rlhf_lightning.objectives import kl
 from rlhf_lightning.objectives.policy.importance import token_ratio
@@ -35,7 +37,8 @@ class KLPenalty(Settings):
         target: KL in nats per episode that the coefficient adapts to (Ziegler et al., arXiv 1909.08593); None for a
             fixed coefficient.
         horizon: Number of episodes over which an adaptive coefficient may change by a factor of about e^±0.2.
-        reference: Model folder or Hub id of the reference; None for the policy at the start of the stage.
+        reference: Model folder or Hub id of the reference, or the address of a vLLM server that has it
+            (`http://HOST:PORT`); None for the policy at the start of the stage.
         refresh_every: Number of rounds after which the policy becomes the reference; None for never.
         device: Device of a reference with its own weights (`cpu`, `cuda:1`); None for the policy's device.
         offload: True to keep such a reference in CPU memory, except while it is used.
@@ -96,6 +99,15 @@ class KLPenalty(Settings):
                 "kl.reference names a separate model, but kl.refresh_every would replace it with the policy. Set only "
                 "one of them"
             )
+        self.served = reference is not None and is_url(reference)
+        """True if the reference is a server."""
+        if reference is not None and self.served:
+            endpoint(reference)
+            if device is not None or offload:
+                raise ConfigError(
+                    f"kl.device and kl.offload place a reference on this machine, but {reference} is a server; leave "
+                    "them out"
+                )
         self.coefficient, self.place, self.estimator, self.discount = coefficient, place, estimator, discount
         self.centered, self.target, self.horizon = centered, target, horizon
         self.reference, self.refresh_every = reference, refresh_every

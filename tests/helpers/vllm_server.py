@@ -54,6 +54,7 @@ class FakeServer:
     Attributes:
         before: Called with path and body before a request is answered; may raise `Drop` or `Answer`, or wait.
         differing: What its worker answers to the loading of all weights: names of those that it does not hold.
+        logits: As with `--logprobs-mode raw_logits`, for prompts.
         requests: Number of requests of each path.
         most: Largest number of responses that were sampled at the same time.
     """
@@ -72,6 +73,7 @@ class FakeServer:
         self.model, self.decode, self.key, self.raw, self.context = copy.deepcopy(model), decode, key, raw, context
         self.probed, self.version, self.adapters, self.paths, self.weights = probed, version, {}, {}, "default"
         self.differing: list[str] | None = []
+        self.logits = False
         self.before: Callable[[str, dict[str, Any]], None] = lambda path, body: None
         self.requests: Counter[str] = Counter()
         self.engines: dict[str, LocalEngine] = {}
@@ -157,12 +159,14 @@ class FakeServer:
         if path == "/update_weight_version":
             self.weights = body["new_version"]
             return {"success": True}
-        if path == "/inference/v1/generate":
+        if path == "/detokenize":
+            return {"prompt": self.decode(body["tokens"])}
+        if path in ("/inference/v1/generate", "/v1/completions"):
             with self.lock:
                 self.now += 1
                 self.most = max(self.most, self.now)
             try:
-                return self.sample(body)
+                return self.sample(body) if path.endswith("generate") else self.score(body)
             finally:
                 with self.lock:
                     self.now -= 1
@@ -170,11 +174,7 @@ class FakeServer:
 
     def sample(self, body: dict[str, Any]) -> Any:
         name, ids, given = body["model"], body["token_ids"], body["sampling_params"]
-        if name not in ("base", *self.adapters):
-            raise Answer(404, _error(f"The model `{name}` does not exist."))
-        vocabulary = self.model.get_input_embeddings().weight.shape[0]
-        if max(ids) >= vocabulary:
-            raise Answer(400, _error(f"Token id {max(ids)} is out of vocabulary"))
+        self.check(name, ids)
         params = SamplingParams(
             max_tokens=given["max_tokens"],
             min_tokens=given.get("min_tokens", 0),
@@ -207,13 +207,34 @@ class FakeServer:
         }
         return {"model": name, "choices": [choice], "prompt_logprobs": self.prompt_logprobs(model, ids, given)}
 
+    def score(self, body: dict[str, Any]) -> Any:
+        """An answer of `/v1/completions` to a request for the log-probabilities of its prompt."""
+        self.check(body["model"], body["prompt"])
+        if len(body["prompt"]) + body["max_tokens"] > self.context:
+            raise Answer(400, _error("max_tokens must be at least 1, got 0."))
+        time.sleep(0.002)  # so that requests overlap
+        return {"choices": [{"prompt_logprobs": self.prompt_logprobs(self.model, body["prompt"], body)}]}
+
+    def check(self, name: str, ids: list[int]) -> None:
+        if name not in ("base", *self.adapters):
+            raise Answer(404, _error(f"The model `{name}` does not exist."))
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        if max(ids) >= vocabulary:
+            raise Answer(400, _error(f"Token id {max(ids)} is out of vocabulary"))
+
     @torch.no_grad()
     def prompt_logprobs(self, model: Any, ids: list[int], given: dict[str, Any]) -> Any:
-        if given.get("prompt_logprobs") is None:
+        if (most := given.get("prompt_logprobs")) is None:
             return None
-        logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-        rest = [{str(token): {"logprob": float(row[token])}} for token, row in zip(ids[1:], logprobs, strict=False)]
-        return [None, *rest]
+        scores = model(torch.tensor([ids])).logits[0]
+        rows = scores if self.logits else scores.log_softmax(-1)
+        return [
+            None,
+            *(
+                {str(one): {"logprob": float(row[one])} for one in {token, *row.topk(most).indices.tolist()}}
+                for token, row in zip(ids[1:], rows, strict=False)
+            ),
+        ]
 
 
 def _error(message: str) -> Any:
