@@ -243,7 +243,7 @@ def test_settings_that_are_refused(build: Callable[[], Any], message: str) -> No
 def test_training_equals_that_with_the_local_model(
     place: str, serve: Any, other: Any, tokenizer: Any, base: str, tmp_path: Path
 ) -> None:
-    """Two rounds and a validation; between them the server is restarted."""
+    """Two rounds and a validation; the server is restarted while the first round is sampled."""
     folder = tmp_path / "teacher"
     other.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
