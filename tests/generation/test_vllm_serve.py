@@ -108,6 +108,8 @@ def test_training_with_a_served_teacher(server: VLLMServe, folder: Path, tmp_pat
         trainer(tmp_path, max_epochs=1).fit(module, data)
         trained.append(weights(module))
     same(*trained, rtol=1e-3, atol=1e-5)
+    before = model.get_input_embeddings().weight
+    assert float((trained[0]["model.model.embed_tokens.weight"] - before).abs().max()) > 1e-3
 
 
 def test_adapter_above_the_rank_of_the_server_is_refused(server: VLLMServe, folder: Path, tmp_path: Path) -> None:
