@@ -196,7 +196,7 @@ class ServerReference:
             stop: Ends the wait.
         """
         with self._lock:
-            if self._returns > returns:
+            if self._returns > returns or stop.is_set():
                 return
             log.warning("kl.reference: %s; waiting up to %g s for the server", reason, PATIENCE)
             try:
