@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from rlhf_lightning.distributed import run_on_leader, safe_point
@@ -88,7 +89,7 @@ class ServerReference:
         stop = threading.Event()
         self._confirm(stop)
         self._check_ids(tokenizer, stop)
-        log.info("the reference is %s at %s", self.served.root, self.endpoint.url)
+        rank_zero_only(log.info)("the reference is %s at %s", self.served.root, self.endpoint.url)
 
     @torch.no_grad()
     def logprobs(self, input_ids: Tensor, loss_mask: Tensor, temperature: float = 1.0) -> Tensor:
@@ -256,7 +257,7 @@ class ServerReference:
                     )
                 absent += some
         if absent:
-            log.warning(
+            rank_zero_only(log.warning)(
                 "%d tokens of the policy (for example the id %d) are not in the vocabulary of %s at %s, which has no "
                 "trained probability for them",
                 len(absent),
