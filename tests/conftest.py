@@ -17,7 +17,10 @@ import pytest
 import torch
 from transformers.utils import logging as transformers_logging
 
+from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.quickstart.model import make_tokenizer
+from tests.helpers.comparisons import every_comparison as compare
+from tests.helpers.comparisons import first_comparison
 from tests.helpers.models import TEXTS, build_model
 from tests.helpers.paths import SHARED
 from tests.helpers.runs import forked_stages as forked_stages
@@ -74,6 +77,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device(request: pytest.FixtureRequest) -> torch.device:
     """A CPU, and a GPU if there is one."""
     return request.param
+
+
+@pytest.fixture(autouse=True)
+def one_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed rows are compared with plain ones once per kind of model and process."""
+    monkeypatch.setattr(PackedForward, "_compare", first_comparison)
+
+
+@pytest.fixture
+def every_comparison(one_comparison: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run compares, as a user's does: for tests of the comparison, and of what it might change on resume."""
+    monkeypatch.setattr(PackedForward, "_compare", compare)
 
 
 @pytest.fixture(scope="session")

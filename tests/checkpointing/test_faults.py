@@ -33,6 +33,8 @@ from tests.helpers.rows import chats, write_rows
 from tests.helpers.runs import Run, complete
 from tests.helpers.training import sgd, trainer
 
+pytestmark = pytest.mark.usefixtures("every_comparison")
+
 # -- checkpoint files -------------------------------------------------------------------------------------------------
 
 

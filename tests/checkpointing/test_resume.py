@@ -32,6 +32,8 @@ from tests.helpers.resume import (
 )
 from tests.helpers.runs import Run, complete, members
 
+pytestmark = pytest.mark.usefixtures("every_comparison")
+
 ALONE = [Setting(*each) for each in product(MODULES, (1, 2), ("max_epochs", "max_steps"), (1, 2))]
 STREAMED = [
     Setting(kind, devices, length, 2, streamed=True)

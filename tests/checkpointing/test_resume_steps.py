@@ -23,6 +23,8 @@ from rlhf_lightning.rewards import KeywordReward
 from tests.helpers.rows import chats, pairs, prompts, write_rows
 from tests.helpers.training import adamw, trainer
 
+pytestmark = pytest.mark.usefixtures("every_comparison")
+
 KINDS = ("sft", "preference", "policy", "streamed", "streamed prompts")
 LENGTHS: dict[str, dict[str, Any]] = {
     "steps": {"max_epochs": None, "max_steps": 9},

@@ -30,6 +30,8 @@ from tests.helpers.modules import module_and_data, thirds
 from tests.helpers.rows import prompts
 from tests.helpers.training import trainer
 
+pytestmark = pytest.mark.usefixtures("every_comparison")
+
 FACTOR = 1.3
 """Largest factor between the estimate and the measurement of activations and logits, see docs/memory.md."""
 

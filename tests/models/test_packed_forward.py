@@ -26,6 +26,7 @@ from tests.helpers.modules import vowels
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.training import sgd, trainer
 
+pytestmark = pytest.mark.usefixtures("every_comparison")
 PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
 VOCABULARY = 60
 

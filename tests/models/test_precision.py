@@ -30,6 +30,8 @@ from tests.helpers.models import build_model
 from tests.helpers.modules import module_and_data
 from tests.helpers.training import trainer
 
+pytestmark = pytest.mark.usefixtures("every_comparison")
+
 KINDS = ("sft", "preference", "policy")
 PRECISIONS = ("bf16-mixed", "bf16-true")
 LOW = (torch.bfloat16, torch.float16)

@@ -139,6 +139,7 @@ def test_accumulated_micro_batches_equal_one_large_batch(kind: str, base: str, t
     same(results[0], results[1], rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.usefixtures("every_comparison")
 @pytest.mark.parametrize("kind", ["policy", "mixed", "sft", "distill_pg"])
 def test_interrupted_run_equals_an_uninterrupted_run_exactly(
     kind: str, base: str, teacher: str, tmp_path: Path

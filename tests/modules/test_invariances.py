@@ -177,6 +177,7 @@ def test_reward_model_scores_the_last_response() -> None:
     assert last_turn(Episode([], {}, 0, training_samples=[row, unanswered]))[0] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.usefixtures("every_comparison")
 @pytest.mark.parametrize(
     ("accumulate", "kind"),
     [(1, "sft"), (1, "preference"), pytest.param(1, "policy", marks=pytest.mark.slow), *((2, kind) for kind in KINDS)],

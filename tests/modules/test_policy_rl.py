@@ -26,6 +26,7 @@ from tests.helpers.training import sgd, trainer
 NAMES = ["critic", "shared", "lora", "adaptive", "whitened", "centered", "refresh", "stale", "resampled"]
 
 
+@pytest.mark.usefixtures("every_comparison")
 @pytest.mark.parametrize("name", NAMES)
 def test_interrupted_run_equals_an_uninterrupted_run_exactly(name: str, base: str, tmp_path: Path) -> None:
     def fit(folder: str, resume: Path | None = None) -> tuple[Any, Any]:

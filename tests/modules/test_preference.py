@@ -151,6 +151,7 @@ def test_batch_coupled_losses_reject_accumulation(name: str, base: str, tmp_path
         fit(name, base, tmp_path, 2, callbacks=[GradientAccumulationScheduler({1: 2})])
 
 
+@pytest.mark.usefixtures("every_comparison")
 @pytest.mark.parametrize("name", ["bco", "kto", "plackett_luce"])
 def test_interrupted_run_equals_an_uninterrupted_run_exactly(name: str, base: str, tmp_path: Path) -> None:
     def once(folder: str, resume: Path | None = None) -> Any:
