@@ -11,11 +11,12 @@ from unittest import mock
 import pytest
 
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.pipeline.plan import read_plan
 from rlhf_lightning.pipeline.run import stage_settings
 from rlhf_lightning.quickstart import pretrained, run
 from rlhf_lightning.quickstart.data import Sizes
-from rlhf_lightning.quickstart.pretrained import faster_dtype, get_model, shipped_model
+from rlhf_lightning.quickstart.pretrained import get_model, shipped_model
 from rlhf_lightning.quickstart.rows import (
     HELD_OUT_KINDS,
     REAL,
@@ -162,17 +163,18 @@ def test_the_model_reward_of_a_config_gets_the_model_of_the_pipeline(tmp_path: P
     assert len(model["rewards"]) == 1, "prompts without instructions have the preference model alone"
 
 
-def test_the_dtype_is_one_of_two() -> None:
-    assert faster_dtype() in ("bfloat16", "float32")
-
-
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("forked_stages")
-def test_the_stages_in_a_few_steps(tmp_path: Path) -> None:
-    """The whole path on SmolLM2, which is too short to learn anything: 60 s of one core."""
+def test_the_stages_in_a_few_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole path on SmolLM2, which is too short to learn anything.
+
+    Packed rows are not compared with plain ones, at up to 256 tokens in each stage and each measurement: the slow test
+    below does, and tests/models/test_packed_forward.py has its architecture.
+    """
     if shipped_model() is None:
         pytest.skip(REASON)
-    few = {"trainer.max_steps": 2, "data.batch_size": 1}
+    monkeypatch.setattr(PackedForward, "_compare", lambda *_, **__: None)
+    few = {"trainer.max_steps": 2, "data.batch_size": 1, "trainer.num_sanity_val_steps": 0}
     round_of_4 = {"data.prompts_per_round": 2, "data.group_size": 2, "data.minibatches": 2}
     policy = {"trainer.max_steps": 1, **round_of_4}
     settings = QuickstartSettings(
@@ -185,6 +187,7 @@ def test_the_stages_in_a_few_steps(tmp_path: Path) -> None:
     assert summary["policy"]["perplexity"] == pytest.approx(summary["sft"]["perplexity"], rel=0.1)
     assert summary["policy"]["response_tokens"] <= 8
     assert summary["temperature"] == 0
+    assert summary["dtype"] in ("bfloat16", "float32")
     assert summary["kinds"]["policy"].keys() <= TRAINED.keys() | HELD_OUT_KINDS.keys()
     rounds = [json.loads(line) for line in (tmp_path / "run" / "policy" / "samples.jsonl").read_text().splitlines()]
     assert rounds[0]["terms"].keys() == {"followed", "reward_model", "length_floor"}
