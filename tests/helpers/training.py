@@ -16,6 +16,7 @@ def trainer(root: Path, **options: Any) -> pl.Trainer:
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "num_sanity_val_steps": 0,  # as much as a validation; runs by commands have it
         "default_root_dir": root,
         "max_epochs": 1,
     }
