@@ -15,7 +15,7 @@ PACKAGE = ROOT / "rlhf_lightning"
 TESTS = ROOT / "tests"
 ROOMS = [
     {"cli", "quickstart"},
-    {"callbacks", "labeling"},
+    {"callbacks", "labeling", "serving"},
     {"diagnostics"},
     {"checkpointing"},
     {"modules", "evaluation"},

@@ -225,7 +225,11 @@ class Renderer:
 
     def prompt_ids(self, text: str) -> list[int]:
         """Token ids of a prompt's text. A template writes the bos_token itself; to raw text, the tokenizer adds it."""
-        return self._begun(self._ids(text)) if self.format == "raw" else self._ids(text)
+        return self.raw_ids(text) if self.format == "raw" else self._ids(text)
+
+    def raw_ids(self, text: str) -> list[int]:
+        """Token ids of a text that is continued without a template, with the tokenizer's own prefix (a bos_token)."""
+        return self._begun(self._ids(text))
 
     def prompt_text(self, messages: list[Message], tools: list[ToolSchema] | None = None) -> str:
         """The text of a prompt with the generation prompt."""

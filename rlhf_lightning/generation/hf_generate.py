@@ -24,7 +24,7 @@ def generate(
     params: SamplingParams,
     seeds: Sequence[int],
     decode: Callable[[list[int]], str],
-    on_token: Callable[[int, int, bool], None] = lambda row, token, ended: None,
+    on_token: Callable[[int, int, float, bool], None] = lambda row, token, logprob, ended: None,
 ) -> list[Completion]:
     """Sample a response to each prompt.
 
@@ -37,7 +37,7 @@ def generate(
         params: How to sample.
         seeds: One seed per prompt.
         decode: Maps token ids to text, for stop texts.
-        on_token: Called with the row, the token and whether it is the row's last one, after each token.
+        on_token: Called after each token with the row, the token, its log-probability and whether it is the last one.
 
     Returns:
         The responses, in the order of the prompts.
@@ -83,7 +83,7 @@ class _SamplingProcessor:
         params: SamplingParams,
         seeds: list[int],
         decode: Callable[[list[int]], str],
-        on_token: Callable[[int, int, bool], None],
+        on_token: Callable[[int, int, float, bool], None],
     ) -> None:
         self.rows, self.samples, self.params, self.decode, self.on_token = rows, samples, params, decode, on_token
         self.uniforms = uniforms(seeds, params.max_tokens)
@@ -99,7 +99,7 @@ class _SamplingProcessor:
             if self.open[i]:
                 row = self.rows[i]
                 self.open[i] = not record_token(self.samples[row], token, logprob, self.params, self.decode)
-                self.on_token(row, token, not self.open[i])
+                self.on_token(row, token, logprob, not self.open[i])
         self.step += 1
         return torch.full_like(scores, -torch.inf).scatter(-1, tokens[:, None], 0.0)
 

@@ -145,7 +145,11 @@ class LocalEngine:
     ) -> list[Completion]:
         with self.decoding(max(len(prompt) for prompt in prompts) + params.max_tokens) as in_slots:
             if not in_slots:
-                return generate(self.model, prompts, params, seeds, self.decode, self.watch.on_token)
+
+                def on_token(row: int, token: int, logprob: float, ended: bool) -> None:
+                    self.watch.on_token(row, token, ended)
+
+                return generate(self.model, prompts, params, seeds, self.decode, on_token)
             rows = [BatchRow(tuple(prompts[i]), params, seeds[i], i) for i in range(len(prompts))]
             batch = SlotBatch(self)
             # Longest prompts first, so that buffers rarely grow, and equal prompts together.

@@ -1,0 +1,215 @@
+"""Sampling for a server with the built-in engine: one batch that requests join and leave while it runs."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass
+
+from rlhf_lightning.generation.hf_generate import generate
+from rlhf_lightning.generation.local_engine import BatchRow, LocalEngine, SlotBatch
+from rlhf_lightning.generation.token_sampling import SamplingParams
+from rlhf_lightning.serving.fields import RequestError
+from rlhf_lightning.serving.replies import Sampled
+
+log = logging.getLogger(__name__)
+
+
+FAILED = RequestError("sampling failed; the server's log has the reason", status=500, kind="server_error")
+
+
+class _Cancelled(Exception):
+    """The client of the row that is sampled is gone."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """A row that is sampled for a request."""
+
+    index: int
+    row: BatchRow
+    loop: asyncio.AbstractEventLoop
+    queue: "asyncio.Queue[Sampled | RequestError]"
+    sent: int = 0
+    """Number of tokens that the request has received."""
+    cancelled: bool = False
+
+    def send(self, item: Sampled | RequestError) -> None:
+        """Pass something to the request, from the sampling thread."""
+        try:
+            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
+        except RuntimeError:
+            if not self.loop.is_closed():  # the server has ended
+                raise
+
+    def report(self) -> None:
+        """Pass on the tokens that are new."""
+        ids, logprobs = self.row.completion.ids[self.sent :], self.row.completion.logprobs[self.sent :]
+        if ids and not self.cancelled:
+            self.sent += len(ids)
+            self.send(Sampled(self.index, ids, logprobs, self.row.completion.stop_reason if self.row.ended else None))
+
+
+class BatchSampler:
+    """Samples the responses of all requests in one thread, as rows of one batch.
+
+    A model that is sampled with its own `generate` answers one response after the other.
+
+    Args:
+        engine: The engine. Its `slots` are the number of responses that are sampled at the same time.
+        max_waiting: Number of responses that may wait for a slot.
+
+    Example:
+        >>> sampler = BatchSampler(engine)  # doctest: +SKIP
+        >>> sampler.start()  # doctest: +SKIP
+        >>> async for sampled in sampler.sample([(prompt_ids, params, 0)]):  # doctest: +SKIP
+        ...     print(sampled.ids)
+        >>> sampler.stop()  # doctest: +SKIP
+    """
+
+    def __init__(self, engine: LocalEngine, max_waiting: int = 64) -> None:
+        self.engine, self.max_waiting = engine, max_waiting
+        self._waiting: deque[_Job] = deque()
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="sampling")
+
+    def start(self) -> None:
+        """Begin to sample."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread after its current step."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        self._thread.join()
+
+    @property
+    def waiting(self) -> int:
+        """Number of responses that wait for a slot."""
+        return len(self._waiting)
+
+    async def sample(self, rows: Sequence[tuple[list[int], SamplingParams, int]]) -> AsyncGenerator[Sampled, None]:
+        """Sample responses. They are cancelled when the iteration is closed.
+
+        Args:
+            rows: Prompt, settings and seed of each response.
+
+        Yields:
+            New tokens of one of the responses.
+
+        Raises:
+            RequestError: If too many responses wait.
+        """
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Sampled | RequestError]()
+        jobs = [
+            _Job(index, BatchRow(tuple(ids), params, seed), loop, queue)
+            for index, (ids, params, seed) in enumerate(rows)
+        ]
+        self._add(jobs)
+        try:
+            left = len(jobs)
+            while left:
+                item = await queue.get()
+                if isinstance(item, RequestError):
+                    raise item
+                left -= item.finish_reason is not None
+                yield item
+        finally:
+            self._cancel(jobs)
+
+    def _add(self, jobs: Sequence[_Job]) -> None:
+        with self._changed:
+            if self._stopping:
+                raise RequestError("the server is shutting down", status=503, kind="server_error")
+            # A request with more responses than may wait is taken if nobody else waits.
+            if self._waiting and len(self._waiting) + len(jobs) > self.max_waiting:
+                raise RequestError(
+                    f"{len(self._waiting)} responses are waiting already; try again later",
+                    code="rate_limit_exceeded",
+                    status=429,
+                    kind="rate_limit_error",
+                )
+            self._waiting.extend(jobs)
+            self._changed.notify()
+
+    def _cancel(self, jobs: Sequence[_Job]) -> None:
+        with self._changed:
+            for job in jobs:
+                job.cancelled = True
+                if job in self._waiting:
+                    self._waiting.remove(job)
+
+    # -- in the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while (length := self._next_length()) is not None:
+            active: list[_Job] = []
+            try:
+                with self.engine.decoding(length) as in_slots:
+                    if in_slots:
+                        self._run_batch(active)
+                    else:
+                        self._run_alone(active)
+            except Exception:
+                log.exception("sampling failed")
+                for job in active:
+                    job.send(FAILED)
+
+    def _next_length(self) -> int | None:
+        """Wait for a job. Returns the length of its row, or None if the thread ends."""
+        with self._changed:
+            while not self._waiting and not self._stopping:
+                self._changed.wait()
+            return None if self._stopping else self._waiting[0].row.limit
+
+    def _take(self, most: int) -> list[_Job]:
+        """The next waiting jobs, up to the first whose length is not checked yet: it waits until the batch is empty."""
+        taken: list[_Job] = []
+        with self._changed:
+            checked = self.engine.packed_forward.checked_length
+            while self._waiting and len(taken) < most and self._waiting[0].row.limit <= checked:
+                taken.append(self._waiting.popleft())
+        return taken
+
+    def _run_batch(self, active: list[_Job]) -> None:
+        """Sample until no job is left that may join the batch."""
+        batch = SlotBatch(self.engine, eager=True)
+        while not self._stopping:
+            for job in [job for job in active if job.cancelled or job.row.ended]:
+                batch.cancel(job.row)
+                active.remove(job)
+            for job in self._take(self.engine.slots - len(active)):
+                batch.add(job.row)
+                active.append(job)
+            if not batch.step():
+                return
+            for job in active:
+                job.report()
+
+    def _run_alone(self, active: list[_Job]) -> None:
+        """Sample the first job with the model's own `generate`."""
+        with self._changed:
+            if not self._waiting:  # cancelled meanwhile
+                return
+            active.append(job := self._waiting.popleft())
+        row = job.row
+
+        def on_token(_: int, token: int, logprob: float, ended: bool) -> None:
+            if job.cancelled or self._stopping:
+                raise _Cancelled
+            row.completion.ids.append(token)
+            row.completion.logprobs.append(logprob)
+            if not ended:
+                job.report()
+
+        try:
+            [completion] = generate(
+                self.engine.model, [row.prompt], row.params, [row.seed], self.engine.decode, on_token
+            )
+        except _Cancelled:
+            return
+        row.completion, row.ended = completion, True
+        job.report()

@@ -1,0 +1,228 @@
+"""The web server of `rlhf serve`: OpenAI's chat completions, completions and models, and who may use them."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from rlhf_lightning.errors import first_line
+from rlhf_lightning.files import as_json
+from rlhf_lightning.generation.token_sampling import SamplingParams
+from rlhf_lightning.serving.fields import RequestError
+from rlhf_lightning.serving.replies import Reply, Sampled, event
+from rlhf_lightning.serving.requests import Asked, RequestReader
+from rlhf_lightning.types import JSON
+from rlhf_lightning.web import Access, Guard, read_body
+
+BODY = 4 * 2**20
+"""Largest request body in bytes."""
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+RESPONSE_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+"""Headers of errors by their status."""
+T = TypeVar("T")
+
+
+class ResponseSampler(Protocol):
+    """Samples responses for a server, for example `BatchSampler`."""
+
+    def sample(self, rows: Sequence[tuple[list[int], SamplingParams, int]]) -> AsyncGenerator[Sampled, None]:
+        """Sample responses. They are cancelled when the iteration is closed.
+
+        Args:
+            rows: Prompt, settings and seed of each response.
+
+        Yields:
+            New tokens of one of the responses.
+
+        Raises:
+            RequestError: If it has too much to do.
+        """
+
+
+@dataclass
+class ApiServer:
+    """Answers requests to a model in the form of OpenAI's API.
+
+    Args:
+        reader: Reads requests.
+        sampler: Samples the responses.
+        access: Who may use the server.
+
+    Example:
+        >>> app = ApiServer(reader, sampler).app()  # doctest: +SKIP
+    """
+
+    reader: RequestReader
+    sampler: ResponseSampler
+    access: Access = field(default_factory=Access)
+
+    def app(self) -> Starlette:
+        """The application."""
+        routes = [
+            Route("/health", self._health),
+            Route("/v1/models", self._models),
+            Route("/v1/models/{name:path}", self._model),
+            Route("/v1/chat/completions", self._chat, methods=["POST"]),
+            Route("/v1/completions", self._completion, methods=["POST"]),
+        ]
+        return Starlette(
+            routes=routes,
+            middleware=[
+                Middleware(
+                    Guard, access=self.access, refusal=_refusal, headers=HEADERS, command="rlhf serve", is_page=False
+                )
+            ],
+            exception_handlers={HTTPException: _on_http_error, RequestError: _on_request_error, Exception: _on_error},
+        )
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    async def _health(self, request: Request) -> Response:
+        return _json({"status": "ok"})
+
+    async def _models(self, request: Request) -> Response:
+        self._authorize(request)
+        return _json({"object": "list", "data": [self._card()]})
+
+    async def _model(self, request: Request) -> Response:
+        self._authorize(request)
+        self.reader.check_name(request.path_params["name"])
+        return _json(self._card())
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._answer(request, self.reader.chat)
+
+    async def _completion(self, request: Request) -> Response:
+        return await self._answer(request, self.reader.completion)
+
+    def _card(self) -> dict[str, JSON]:
+        """The model as `/v1/models` shows it; `max_model_len` is vLLM's word."""
+        card: dict[str, JSON] = {"id": self.reader.name, "object": "model", "created": 0, "owned_by": "rlhf-lightning"}
+        return {**card, "max_model_len": self.reader.max_length}
+
+    def _authorize(self, request: Request) -> None:
+        """Raise `RequestError` for a request without the token."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        given = token.strip() if scheme.lower() == "bearer" else ""
+        if not self.access.allows_token(given):
+            said = "the API key is wrong" if given else "this server needs an API key (Authorization: Bearer KEY)"
+            raise RequestError(said, code="invalid_api_key", status=401, kind="authentication_error")
+
+    # -- answers ------------------------------------------------------------------------------------------------------
+
+    async def _answer(self, request: Request, read: Callable[[JSON], Asked]) -> Response:
+        self._authorize(request)
+        body = await read_body(request, "application/json", BODY)
+        try:
+            value: JSON = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"the request is not valid JSON ({first_line(error)})") from None
+        asked = read(value)
+        reply = Reply(asked, self.reader.name, self.reader.renderer)
+        tokens = self.sampler.sample(asked.rows())
+        if not asked.stream:
+            return await _unless_gone(request, _whole(reply, tokens))
+        # Errors before the first token have a status of their own.
+        first = await _unless_gone(request, anext(tokens))
+        return _EventStream(_events(reply, first, tokens))
+
+
+class _EventStream(StreamingResponse):
+    """Sends events, and stops their generator when the client is gone."""
+
+    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+        super().__init__(events, media_type="text/event-stream")
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with aclosing(self._events):
+            await super().__call__(scope, receive, send)
+
+
+async def _whole(reply: Reply, tokens: AsyncGenerator[Sampled, None]) -> Response:
+    """The reply, once all responses have ended."""
+    async with aclosing(tokens):
+        async for sampled in tokens:
+            reply.take(sampled)
+    return _json(reply.body())
+
+
+async def _events(reply: Reply, first: Sampled, tokens: AsyncGenerator[Sampled, None]) -> AsyncGenerator[bytes, None]:
+    """The events of a stream. An error after its beginning is its last event."""
+    async with aclosing(tokens):
+        for one in (*reply.begin(), *reply.events(first)):
+            yield one
+        try:
+            async for sampled in tokens:
+                for one in reply.events(sampled):
+                    yield one
+        except RequestError as error:
+            yield event(error.body())
+            return
+        for one in reply.end():
+            yield one
+
+
+async def _unless_gone(request: Request, work: Coroutine[None, None, T]) -> T:
+    """The result of some work, which is cancelled if the client closes the connection.
+
+    Raises:
+        HTTPException: If it does; nobody reads the response.
+    """
+    answer, gone = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait((answer, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not answer.done():
+            raise HTTPException(499, "the client closed the connection")
+        return await answer
+    finally:
+        answer.cancel()
+        gone.cancel()
+        await asyncio.gather(answer, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    """Wait until the client closes the connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+def _json(body: dict[str, JSON], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(as_json(body), status, headers, "application/json")
+
+
+def _refusal(status: int, problem: str) -> Response:
+    return _json(RequestError(problem, status=status).body(), status)
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _refusal(error.status_code, error.detail)
+
+
+async def _on_request_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestError)
+    return _json(error.body(), error.status, RESPONSE_HEADERS.get(error.status))
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    """An error of this program; uvicorn logs it."""
+    return _json(RequestError("the server failed; its log has the reason", kind="server_error").body(), 500)
