@@ -17,6 +17,7 @@ from examples import (
     judge,
     label_by_rule,
     objectives,
+    openai_client,
     own_module,
     plain_loop,
     reasoning_tasks,
@@ -32,6 +33,7 @@ from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.data import reasoning_gym, verifiers
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.models.scorers import LoadedModel
 from rlhf_lightning.objectives.policy import importance_sampling
@@ -40,6 +42,7 @@ from rlhf_lightning.types import Episode, Row, TrainingSample
 from tests.helpers.judge_server import Asked, serving
 from tests.helpers.models import build_model
 from tests.helpers.runs import in_ranks
+from tests.helpers.serving import serving as serving_model
 from tests.helpers.training import trainer
 
 ROOT = Path(__file__).parents[1]
@@ -107,6 +110,15 @@ def test_verifiers_environment(base: str, tmp_path: Path, monkeypatch: pytest.Mo
         else:
             assert episode.reward == float(index in said[-1])
             assert len(said) == 2 or episode.reward
+
+
+def test_openai_client(base: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with serving_model(Policy(base)) as served:
+        answers = openai_client.main(served.url, "tiny", max_tokens=6)
+    policy = served.policy
+    rows = policy.prompts([{"prompt": question} for question in openai_client.QUESTIONS])
+    assert answers == [episode.response for episode in policy.answer(rows, 6, 0, temperature=0.0)]
+    assert answers[0] in capsys.readouterr().out
 
 
 def test_engine(base: str, tmp_path: Path) -> None:

@@ -235,6 +235,7 @@ def commands(place: Place, session_tokenizer: Any) -> dict[tuple[str, ...], dict
             "--port": "0",
             **short,
         },
+        ("serve",): {"model": place.base, "--port": "0", **short},
         ("score",): {"model": reward, "file": rows["pairs"]},
         ("evaluate",): {"policy": place.base, "baseline": place.base, **judged},
         ("best-of",): {"policy": place.base, "-n": "2", **judged},
@@ -276,7 +277,7 @@ def test_flags(count: int | None, commands: dict[tuple[str, ...], Any], case: An
     for command, flag, value in some(cases, count):
         good = {k: v for k, v in commands[command].items() if (command, flag, k) != (("generate",), "file", "--prompt")}
         folder, args = case(), argv(command, {**good, flag: texts[value]}, flags[command])
-        # The stages of two commands are those of other tests, and a server would wait for people.
+        # The stages of two commands are those of other tests, and a server would wait.
         stages = mock.patch.object(_Runner, "run", side_effect=Started)
         pages = mock.patch.object(rlhf_lightning.web, "web_server", side_effect=Started)
         data = mock.patch.object(rlhf_lightning.quickstart.run, "_inputs", side_effect=Started)

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 
 from rlhf_lightning.generation.hf_generate import generate
 from rlhf_lightning.generation.local_engine import BatchRow, LocalEngine, SlotBatch
-from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.serving.fields import RequestError
-from rlhf_lightning.serving.replies import Sampled
+from rlhf_lightning.serving.sampling import Load, Row, Sampled
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +62,7 @@ class BatchSampler:
     Example:
         >>> sampler = BatchSampler(engine)  # doctest: +SKIP
         >>> sampler.start()  # doctest: +SKIP
-        >>> async for sampled in sampler.sample([(prompt_ids, params, 0)]):  # doctest: +SKIP
+        >>> async for sampled in sampler.sample([Row(prompt_ids, params, seed=0)]):  # doctest: +SKIP
         ...     print(sampled.ids)
         >>> sampler.stop()  # doctest: +SKIP
     """
@@ -71,6 +70,7 @@ class BatchSampler:
     def __init__(self, engine: LocalEngine, max_waiting: int = 64) -> None:
         self.engine, self.max_waiting = engine, max_waiting
         self._waiting: deque[_Job] = deque()
+        self._active: list[_Job] = []
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="sampling")
@@ -87,18 +87,18 @@ class BatchSampler:
         self._thread.join()
 
     @property
-    def waiting(self) -> int:
-        """Number of responses that wait for a slot."""
-        return len(self._waiting)
+    def load(self) -> Load:
+        """How much there is to do."""
+        return Load(len(self._active), len(self._waiting))
 
-    async def sample(self, rows: Sequence[tuple[list[int], SamplingParams, int]]) -> AsyncGenerator[Sampled, None]:
+    async def sample(self, rows: Sequence[Row]) -> AsyncGenerator[Sampled, None]:
         """Sample responses. They are cancelled when the iteration is closed.
 
         Args:
-            rows: Prompt, settings and seed of each response.
+            rows: The responses.
 
         Yields:
-            New tokens of one of the responses.
+            New tokens of one of them.
 
         Raises:
             RequestError: If too many responses wait.
@@ -145,56 +145,52 @@ class BatchSampler:
     # -- in the thread ------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        while (length := self._next_length()) is not None:
-            active: list[_Job] = []
+        while (job := self._next()) is not None:
+            self._active.append(job)
             try:
-                with self.engine.decoding(length) as in_slots:
+                with self.engine.decoding(job.row.limit) as in_slots:
                     if in_slots:
-                        self._run_batch(active)
+                        self._run_batch(job)
                     else:
-                        self._run_alone(active)
+                        self._run_alone(job)
             except Exception:
                 log.exception("sampling failed")
-                for job in active:
-                    job.send(FAILED)
+                for one in self._active:
+                    one.send(FAILED)
+            self._active.clear()
 
-    def _next_length(self) -> int | None:
-        """Wait for a job. Returns the length of its row, or None if the thread ends."""
+    def _next(self) -> _Job | None:
+        """Wait for a job; None if the thread ends."""
         with self._changed:
             while not self._waiting and not self._stopping:
                 self._changed.wait()
-            return None if self._stopping else self._waiting[0].row.limit
+            return None if self._stopping else self._waiting.popleft()
 
     def _take(self, most: int) -> list[_Job]:
         """The next waiting jobs, up to the first whose length is not checked yet: it waits until the batch is empty."""
         taken: list[_Job] = []
         with self._changed:
             checked = self.engine.packed_forward.checked_length
-            while self._waiting and len(taken) < most and self._waiting[0].row.limit <= checked:
+            while not self._stopping and self._waiting and len(taken) < most and self._waiting[0].row.limit <= checked:
                 taken.append(self._waiting.popleft())
         return taken
 
-    def _run_batch(self, active: list[_Job]) -> None:
+    def _run_batch(self, first: _Job) -> None:
         """Sample until no job is left that may join the batch."""
         batch = SlotBatch(self.engine, eager=True)
-        while not self._stopping:
-            for job in [job for job in active if job.cancelled or job.row.ended]:
-                batch.cancel(job.row)
-                active.remove(job)
-            for job in self._take(self.engine.slots - len(active)):
-                batch.add(job.row)
-                active.append(job)
-            if not batch.step():
-                return
-            for job in active:
+        batch.add(first.row)
+        while batch.step():
+            for job in self._active:
                 job.report()
+            for job in [job for job in self._active if job.cancelled or job.row.ended or self._stopping]:
+                batch.cancel(job.row)
+                self._active.remove(job)
+            for job in self._take(self.engine.slots - len(self._active)):
+                batch.add(job.row)
+                self._active.append(job)
 
-    def _run_alone(self, active: list[_Job]) -> None:
-        """Sample the first job with the model's own `generate`."""
-        with self._changed:
-            if not self._waiting:  # cancelled meanwhile
-                return
-            active.append(job := self._waiting.popleft())
+    def _run_alone(self, job: _Job) -> None:
+        """Sample a job with the model's own `generate`."""
         row = job.row
 
         def on_token(_: int, token: int, logprob: float, ended: bool) -> None:

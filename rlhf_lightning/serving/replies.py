@@ -4,7 +4,7 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from rlhf_lightning.data.rendering import Renderer
@@ -12,27 +12,11 @@ from rlhf_lightning.environments.tools import TOOL_CALL, read_call
 from rlhf_lightning.files import as_json
 from rlhf_lightning.generation.text_stream import TextStream
 from rlhf_lightning.serving.requests import Asked
+from rlhf_lightning.serving.sampling import Sampled
 from rlhf_lightning.types import JSON
 
 _CALL = re.compile(TOOL_CALL, re.DOTALL)
 _CALL_START = "<tool_call>"
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """Tokens that were sampled for a response.
-
-    Attributes:
-        index: Number of the response within its request.
-        ids: Token ids.
-        logprobs: Their log-probabilities, in nats.
-        finish_reason: `stop` or `length` with the last tokens; None before.
-    """
-
-    index: int
-    ids: Sequence[int]
-    logprobs: Sequence[float]
-    finish_reason: str | None = None
 
 
 class Choice:

@@ -10,6 +10,7 @@ from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import UserError
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts
 from rlhf_lightning.serving.fields import Fields, RequestError
+from rlhf_lightning.serving.sampling import Row
 from rlhf_lightning.types import JSON
 
 CHOICES = 128
@@ -49,10 +50,10 @@ class Asked:
     is_chat: bool
     has_tools: bool = False
 
-    def rows(self) -> list[tuple[list[int], SamplingParams, int]]:
-        """Prompt, settings and seed of each response; those of the first prompt first."""
+    def rows(self) -> list[Row]:
+        """The responses; those to the first prompt first."""
         pairs = [pair for pair in zip(self.prompts, self.params, strict=True) for _ in range(self.n)]
-        return [(prompt, params, (self.seed + 1_000_003 * i) % SEEDS) for i, (prompt, params) in enumerate(pairs)]
+        return [Row(prompt, params, (self.seed + 1_000_003 * i) % SEEDS) for i, (prompt, params) in enumerate(pairs)]
 
 
 @dataclass(frozen=True)

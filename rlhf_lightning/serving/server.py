@@ -2,10 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -17,10 +17,10 @@ from starlette.types import Receive, Scope, Send
 
 from rlhf_lightning.errors import first_line
 from rlhf_lightning.files import as_json
-from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.serving.fields import RequestError
-from rlhf_lightning.serving.replies import Reply, Sampled, event
+from rlhf_lightning.serving.replies import Reply, event
 from rlhf_lightning.serving.requests import Asked, RequestReader
+from rlhf_lightning.serving.sampling import ResponseSampler, Sampled
 from rlhf_lightning.types import JSON
 from rlhf_lightning.web import Access, Guard, read_body
 
@@ -35,23 +35,6 @@ HEADERS = {
 RESPONSE_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
 """Headers of errors by their status."""
 T = TypeVar("T")
-
-
-class ResponseSampler(Protocol):
-    """Samples responses for a server, for example `BatchSampler`."""
-
-    def sample(self, rows: Sequence[tuple[list[int], SamplingParams, int]]) -> AsyncGenerator[Sampled, None]:
-        """Sample responses. They are cancelled when the iteration is closed.
-
-        Args:
-            rows: Prompt, settings and seed of each response.
-
-        Yields:
-            New tokens of one of the responses.
-
-        Raises:
-            RequestError: If it has too much to do.
-        """
 
 
 @dataclass
@@ -93,7 +76,8 @@ class ApiServer:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     async def _health(self, request: Request) -> Response:
-        return _json({"status": "ok"})
+        load = self.sampler.load
+        return _json({"status": "ok", "sampling": load.sampling, "waiting": load.waiting})
 
     async def _models(self, request: Request) -> Response:
         self._authorize(request)

@@ -2,8 +2,6 @@
 
 import http.client
 import re
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +12,8 @@ from rlhf_lightning.labeling.comparisons import Candidate, Comparison, Question
 from rlhf_lightning.labeling.queue import Assignment, LabelQueue
 from rlhf_lightning.labeling.server import LabelServer
 from rlhf_lightning.labeling.store import LabelStore
-from rlhf_lightning.web import Access, address_of, bound, web_server
+from rlhf_lightning.web import Access
+from tests.helpers.web import running
 
 
 def comparison(
@@ -38,17 +37,8 @@ def new_queue(folder: Path, count: int = 4, **assignment: object) -> LabelQueue:
 @contextmanager
 def serving(queue: LabelQueue, access: Access | None = None, **options: Callable[[], bool]) -> Iterator[str]:
     """Serve a queue in a thread; yields the address."""
-    with bound("127.0.0.1", 0) as place:
-        server = web_server(LabelServer(queue, access or Access(), **options).app())
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
-        thread.start()
-        while not server.started:
-            time.sleep(0.005)
-        try:
-            yield address_of(place)
-        finally:
-            server.should_exit = True
-            thread.join()
+    with running(LabelServer(queue, access or Access(), **options).app()) as address:
+        yield address
 
 
 @dataclass
