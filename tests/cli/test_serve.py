@@ -64,7 +64,6 @@ def test_an_adapter_is_served_until_ctrl_c(
         (["--port", "70000"], "--port is 70000"),
         (["--max_waiting", "-1"], "--max_waiting is -1"),
         (["--max_length", "512", "--port", "0"], "--max_length is 512, but the model has only 256 positions"),
-        (["--stop", "\ud7ff\x00", "--port", "0"], "never produces"),
     ],
 )
 def test_mistakes(args: list[str], message: str, base: str, capsys: pytest.CaptureFixture[str]) -> None:
