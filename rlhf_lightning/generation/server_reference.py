@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from rlhf_lightning.distributed import run_on_leader, safe_point
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.generation import vllm_server
 from rlhf_lightning.generation.vllm_http import Endpoint, NotFound, Unavailable
 from rlhf_lightning.generation.vllm_requests import (
     Served,
@@ -26,7 +25,7 @@ from rlhf_lightning.generation.vllm_requests import (
     served_model,
     token_logprobs,
 )
-from rlhf_lightning.generation.vllm_server import ATTEMPTS, ServerError
+from rlhf_lightning.generation.vllm_server import ATTEMPTS, ServerError, retry
 from rlhf_lightning.models.loading import text_tokens
 from rlhf_lightning.types import JSON, Tokenizer
 
@@ -37,6 +36,8 @@ TIMEOUT = 600.0
 """Seconds that a request may take."""
 PATIENCE = 600.0
 """Seconds to wait for the server if it does not answer, for example while it is restarted."""
+PAUSE = 1.0
+"""Seconds until a request that failed is sent again; twice as many after the second failure, and so on."""
 IDS = 4096
 """Number of token ids whose texts are compared at once."""
 
@@ -178,7 +179,7 @@ class ServerReference:
                         "server's log"
                     ) from None
                 self._await(str(error), returns, stop)
-            stop.wait(vllm_server.DELAYS[min(failures, len(vllm_server.DELAYS)) - 1])
+            stop.wait(PAUSE * failures)
 
     def _confirm(self, stop: threading.Event) -> None:
         """Check that the server still has the same model, and wait for it if it does not answer."""
@@ -201,7 +202,7 @@ class ServerReference:
                 return
             log.warning("kl.reference: %s; waiting up to %g s for the server", reason, PATIENCE)
             try:
-                vllm_server.retry(self._identify, time.monotonic() + PATIENCE, stop)
+                retry(self._identify, time.monotonic() + PATIENCE, stop)
             except Unavailable as error:
                 raise ServerError(
                     f"kl.reference: no answer for {PATIENCE:g} s: {error}; check the address, and that `vllm serve` "

@@ -38,6 +38,7 @@ MASK = torch.tensor([[0, 0, 1, 1, 0, 1], [0, 1, 1, 1, 0, 0], [0, 0, 0, 0, 0, 0],
 @pytest.fixture(autouse=True)
 def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_server, "DELAYS", (0.02, 0.1))
+    monkeypatch.setattr(server_reference, "PAUSE", 0.02)
     monkeypatch.setattr(server_reference, "PATIENCE", 10.0)
 
 
