@@ -61,11 +61,11 @@ def test_small_quickstart_learns(tmp_path: Path, capfd: pytest.CaptureFixture[st
         tmp_path / "run",
         seed=1,
         toy=True,
-        sizes=Sizes(1200, 600, 400, 100),
+        sizes=Sizes(1200, 600, 400, 60),
         overrides={
-            "sft": {"trainer.max_epochs": 3},
+            "sft": {"trainer.max_epochs": 2},
             "preference": {"trainer.max_epochs": 1},
-            "policy": {"trainer.max_steps": 12, "model.optimizer.init_args.lr": 4e-4},
+            "policy": {"trainer.max_steps": 9, "model.optimizer.init_args.lr": 4e-4},
         },
     )
     summary = quickstart(settings)
