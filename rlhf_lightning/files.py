@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from typing import Any, TypeVar
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.types import JSON
+
+if sys.platform != "win32":
+    import fcntl
 
 T = TypeVar("T")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -253,6 +257,28 @@ def replacing(path: Path, tag: str = "partial") -> Iterator[Path]:
         with suppress(OSError):
             scratch.unlink()
         raise
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Context manager that lets one process at a time make a file or folder; others wait.
+
+    The lock is a file next to it, and ends with the process, also if that is killed. On Windows there is none.
+
+    Args:
+        path: The file or folder.
+
+    Raises:
+        OSError: If the lock cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        if sys.platform != "win32":
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 def replace_text(path: Path, text: str) -> None:

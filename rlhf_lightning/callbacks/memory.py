@@ -220,7 +220,7 @@ def step_sizes(trainer: pl.Trainer, module: RLHFModule) -> tuple[int, int, int, 
     """
     data = row_data_of(trainer)
     prepared = data.prepared.get("train") if data else None
-    if data is None or not prepared or not prepared.rows:
+    if data is None or not prepared or not isinstance(prepared.rows, list) or not prepared.rows:
         return None
     if isinstance(module, PolicyRLModule) and isinstance(data, PromptDataModule):
         return None if data.recorded else _round_sizes(trainer, module, data, prepared.rows)

@@ -3,7 +3,7 @@
 import logging
 from abc import abstractmethod
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +14,16 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_lightning.data.agreement import Fact, require_agreement, rows_facts
 from rlhf_lightning.data.batching import BatchT, DrawCounts, ExampleT, RowLoader, ShardSpec, run_seed
+from rlhf_lightning.data.cache import (
+    CachedRow,
+    Counted,
+    Meta,
+    RowCache,
+    StoredExample,
+    entry_key,
+    source_facts,
+    tokenizer_facts,
+)
 from rlhf_lightning.data.columns import (
     TRAINING_COLUMNS,
     is_empty,
@@ -30,6 +40,8 @@ from rlhf_lightning.data.records import (
     RowError,
     SkippedRow,
     Source,
+    check_on_bad_row,
+    convert_row,
     convert_rows,
     fingerprint,
     is_here,
@@ -38,7 +50,8 @@ from rlhf_lightning.data.records import (
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings, shared_by_all
 from rlhf_lightning.data.response_starts import ResponseStarts
-from rlhf_lightning.data.row_streams import Streaming, check_rows
+from rlhf_lightning.data.row_streams import StreamedSource, Streaming, check_rows
+from rlhf_lightning.data.spans import parsed, span_rows
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.stream_loader import StreamLoader
 from rlhf_lightning.data.tokenizers import load_tokenizer
@@ -85,6 +98,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             `all_exhausted_without_replacement` when all rows have been given once.
         streaming: Read `train` while training, for files that are larger than memory; true, or the settings of
             `Streaming`. Rows are shuffled in blocks, and an epoch has no known length.
+        cache: Folder in which tokenized rows are kept for later runs, and read from instead of memory.
         show_example: Log one rendered row with its loss mask.
 
     Raises:
@@ -115,6 +129,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         seed: int | None = None,
         stopping_strategy: str = "first_exhausted",
         streaming: Streaming | bool = False,
+        cache: str | Path | None = None,
         show_example: bool = True,
     ) -> None:
         super().__init__()
@@ -157,6 +172,11 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
                 "data.validation_split needs all rows of data.train, which data.streaming does not hold; give "
                 "data.validation, or leave out data.streaming"
             )
+        if self.streaming is not None and cache is not None:
+            raise ConfigError(
+                "data.streaming and data.cache are both set; stream rows once, or keep them tokenized: remove one"
+            )
+        self.cache = None if cache is None else Path(cache).expanduser()
         self.stream: TrainingStream[ExampleT] | None = None
         """The streamed rows of `train`, once they are opened."""
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
@@ -257,6 +277,10 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             if required:
                 self._prepare("train", required=True)
             return
+        if self.cache is not None and name != "predict":
+            self.prepared[name] = self._cached(name, source, self.cache)
+            self._summarize(name, source)
+            return
         reading = Reading()
         inner = [self.read(one, name, reading) for one in inner_sources(source)]
         rows = [row for rows in inner for row in rows]
@@ -294,6 +318,98 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         self._summarize(name, source)
         if unused:
             log.info("%s: columns not used: %s", name, ", ".join(unused))
+
+    def stored(self, example: ExampleT) -> StoredExample:
+        """The form of an example in the cache; a subclass that supports `data.cache` defines it.
+
+        Raises:
+            ConfigError: If the cache is not supported.
+        """
+        raise ConfigError(f"{type(self).__name__} does not support data.cache; leave it out")
+
+    def restored(self, stored: StoredExample) -> ExampleT:
+        """The example of a form in the cache; see `stored`."""
+        raise ConfigError(f"{type(self).__name__} does not support data.cache; leave it out")
+
+    def cache_facts(self) -> dict[str, JSON]:
+        """What the examples depend on besides the rows, the tokenizer and the rendering; a subclass adds its own."""
+        return {
+            "module": type(self).__qualname__,
+            "max_length": self.max_length,
+            "overlong": self.overlong,
+            "on_bad_row": self.on_bad_row,
+            "columns": {**(self.columns or {})},
+        }
+
+    def _cached(self, name: str, source: Source, folder: Path) -> Prepared[ExampleT]:
+        """The rows of a source from the cache, which are read and tokenized if they are not there."""
+        sources, reading, wanted = inner_sources(source), Reading(), Wanted(self.text_key, name, self.lines)
+        unused: dict[str, None] = {}
+        used: set[str] = set()
+        self._truncated = 0
+        if name == "train":
+            self.renderer.asked, self.renderer.openings = set(), ResponseStarts()
+        convert = self.converter(name, unused, used)
+        keys: list[RowKey] = []
+
+        def keyed(data: Row) -> Sequence[ExampleT]:
+            examples = convert(data)
+            keys[:] = [self.key(data)]
+            return examples
+
+        def rows() -> Iterator[CachedRow[ExampleT]]:
+            for number, one in enumerate(sources):
+                for row in self._located(one, wanted, reading):
+                    reading.rows += 1
+                    examples, skipped = convert_row(row, keyed, self.on_bad_row, self.columns)
+                    if skipped is not None:
+                        reading.skipped.append(skipped)
+                        continue
+                    keys[0].where = row.where
+                    yield CachedRow(examples, keys[0], number)
+
+        def finish(counted: Counted) -> Meta:
+            if not counted.examples:
+                raise DataError(f"none of the {reading.rows} rows can be used; the first is {reading.skipped[0]}")
+            refuse_unused_names(self.columns, used)
+            self._record_shared()
+            if unused:
+                log.info("%s: columns not used: %s", name, ", ".join(unused))
+            return {
+                "rows": reading.rows,
+                "skipped": reading.skipped,
+                "truncated": self._truncated,
+                "categories": sorted(counted.categories),
+                "shared": self.shared,
+            }
+
+        check_on_bad_row(self.on_bad_row)
+        facts: dict[str, JSON] = {
+            **self.cache_facts(),
+            "split": name,
+            "rendering": self.renderer.settings(),
+            "tokenizer": tokenizer_facts(self.renderer.tokenizer),
+            "sources": [source_facts(one, name) for one in sources],
+        }
+        entry, found = RowCache(folder, self).entry(entry_key(facts), rows(), finish)
+        self.renderer.asked = self.renderer.openings = None
+        if name == "train":
+            self.shared = entry.meta["shared"]
+        log.info("%s: tokenized rows are %s %s", name, "read from" if found else "kept in", entry.folder)
+        others = [self.sources["validation"], self.sources["test"], self.validation_split or None]
+        compared = name != "train" or any(one is not None for one in others)
+        return entry.prepared(compared, self.mixture is not None and name == "train")
+
+    def _located(self, source: Source, wanted: Wanted, reading: Reading) -> Iterator[LocatedRow]:
+        """The rows of a source; a file that can be read in pieces is not read as a whole."""
+        try:
+            spans = StreamedSource("data", source, wanted).spans
+        except DataError:  # another kind of source; what is wrong with it is reported by its reader
+            spans = []
+        if spans:
+            yield from (LocatedRow(parsed(raw, wanted), raw.where) for raw in span_rows(spans))
+        else:
+            yield from self.read(source, wanted.split or "train", reading)
 
     def _open_stream(self, streaming: Streaming) -> TrainingStream[ExampleT]:
         """Open the sources of `train` for streaming, and check their first rows."""
@@ -568,7 +684,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
     @rank_zero_only
     def _summarize(self, name: str, source: Source) -> None:
         prepared = self.prepared[name]
-        examples = prepared.rows
+        examples, (tokens, trained, longest) = prepared.rows, prepared.totals()
         log.info(
             "%s (%s): %d rows read, %d examples, %d tokens, %d trained, longest %d, "
             "truncated %d, skipped %d, blank lines %d",
@@ -576,9 +692,9 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             source if isinstance(source, str | Path) else f"{type(source).__name__}",
             prepared.reading.rows,
             len(examples),
-            sum(example.tokens for example in examples),
-            sum(example.trained for example in examples),
-            max(example.tokens for example in examples),
+            tokens,
+            trained,
+            longest,
             prepared.truncated,
             len(prepared.reading.skipped),
             prepared.reading.blank,

@@ -3,12 +3,14 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_right, pad_tokens
+from rlhf_lightning.data.cache import Extra, StoredExample
 from rlhf_lightning.data.columns import SYSTEM, TOOLS, refuse_weight
 from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.preference_rows import (
@@ -24,7 +26,7 @@ from rlhf_lightning.data.preference_rows import (
 from rlhf_lightning.data.records import RowError, Source
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.row_streams import Streaming
-from rlhf_lightning.data.splits import RowKey, conversation_key
+from rlhf_lightning.data.splits import Prepared, RowKey, conversation_key
 from rlhf_lightning.data.training_stream import TrainingStream
 from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.objectives.preference.base import LabelLoss, PreferenceLoss
@@ -102,6 +104,32 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
             )
         return self._kind or wanted or "pairs"
 
+    def stored(self, example: PreferenceExample) -> StoredExample:
+        extra: Extra = {"category": example.category}
+        if isinstance(example, Pair):
+            extra |= {"margin": example.margin, "tie": example.tie}
+        elif isinstance(example, Labeled):
+            extra["label"] = example.label
+        elif isinstance(example, Ranking):
+            extra["ranks"] = [*example.ranks]
+        return StoredExample(example.sides, extra, example.where)
+
+    def restored(self, stored: StoredExample) -> PreferenceExample:
+        sides, extra = stored.sides, stored.extra
+        example: PreferenceExample
+        if "ranks" in extra:
+            example = Ranking(sides, extra["category"], extra["ranks"])
+        elif "label" in extra:
+            example = Labeled(sides, extra["category"], extra["label"])
+        else:
+            example = Pair(sides, extra["category"], extra["margin"], extra["tie"])
+        example.where = stored.where
+        return example
+
+    def cache_facts(self) -> dict[str, JSON]:
+        loss: JSON = None if self.loss is None else [type(self.loss).__qualname__, *sorted(self.loss.keywords())]
+        return {**super().cache_facts(), "kind": self.kind, "loss": loss}
+
     def examples(self, name: str) -> Callable[[Row], Sequence[PreferenceExample]]:
         ways: dict[str, Callable[[Row], Sequence[PreferenceExample]]]
         ways = {"pairs": self._pair, "labels": self._labeled, "rankings": self._ranking}
@@ -115,15 +143,29 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         unused = self.kind != "pairs" or (self.loss is not None and "margin" not in self.loss.keywords())
         if self._margins and self.loss is not None and unused and name in self.prepared:
             log.warning("data.%s has margins, but the loss %s does not use them", name, type(self.loss).__name__)
-        found = {row.category for prepared in self.prepared.values() for row in prepared.rows}
+        found = {
+            category
+            for prepared in self.prepared.values()
+            for category in (
+                [row.category for row in prepared.rows] if prepared.categories is None else prepared.categories
+            )
+        }
         self.category_names = sorted(category for category in found if category is not None)
 
-    def _open_stream(self, streaming: Streaming) -> TrainingStream[PreferenceExample]:
+    def _refuse_mismatched(self, setting: str) -> None:
+        """Raise `ConfigError` if the loss needs all rows in memory."""
         if isinstance(self.loss, LabelLoss) and "mismatched" in self.loss.keywords():
             raise ConfigError(
                 f"{type(self.loss).__name__} pairs each prompt with the response to another one, which needs all rows "
-                "of data.train; leave out data.streaming, or choose another loss"
+                f"in memory; leave out {setting}, or choose another loss"
             )
+
+    def _cached(self, name: str, source: Source, folder: Path) -> Prepared[PreferenceExample]:
+        self._refuse_mismatched("data.cache")
+        return super()._cached(name, source, folder)
+
+    def _open_stream(self, streaming: Streaming) -> TrainingStream[PreferenceExample]:
+        self._refuse_mismatched("data.streaming")
         stream = super()._open_stream(streaming)
         # Rows with a category that the first rows do not have count in the total only.
         self.category_names = sorted({*self.category_names, *(row.category for row in stream.checked if row.category)})

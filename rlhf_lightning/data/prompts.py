@@ -197,6 +197,11 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
             **kwargs,
         )
         self.recorded = episodes is not None
+        if self.cache is not None:
+            raise ConfigError(
+                "data.cache has no use in policy stages, where sampling takes the time; leave it out, or set "
+                "data.streaming for a large file"
+            )
         if self.streaming is not None and self.recorded:
             raise ConfigError(
                 "data.episodes are grouped over all rows, so they cannot be streamed; leave out data.streaming"

@@ -7,6 +7,7 @@ import torch
 
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_tokens
+from rlhf_lightning.data.cache import StoredExample
 from rlhf_lightning.data.columns import refuse_beside_text, refuse_unwanted
 from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas, used_columns
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, collate_prompts, prompt_example
@@ -15,7 +16,7 @@ from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.selection import TRAIN_ON
 from rlhf_lightning.data.splits import RowKey, is_blank, opening, row_key, said
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import Row, SFTBatch
+from rlhf_lightning.types import JSON, Row, SFTBatch
 
 
 class SFTDataModule(RowDataModule[Rendered | Prompt, SFTBatch | PromptBatch]):
@@ -59,6 +60,18 @@ class SFTDataModule(RowDataModule[Rendered | Prompt, SFTBatch | PromptBatch]):
         if train_on not in TRAIN_ON:
             raise ConfigError(f"data.train_on is {train_on!r}; it must be one of {', '.join(TRAIN_ON)}")
         self.train_on = train_on
+
+    def stored(self, example: Rendered | Prompt) -> StoredExample:
+        assert isinstance(example, Rendered)
+        return StoredExample([example], where=example.where)
+
+    def restored(self, stored: StoredExample) -> Rendered:
+        (row,) = stored.sides
+        row.where = stored.where
+        return row
+
+    def cache_facts(self) -> dict[str, JSON]:
+        return {**super().cache_facts(), "train_on": self.train_on}
 
     def examples(self, name: str) -> Callable[[Row], Sequence[Rendered | Prompt]]:
         return self._prompts if name == "predict" else self._rows

@@ -5,7 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeAlias
+from typing import Generic, TypeAlias, overload
 
 import torch
 
@@ -83,6 +83,30 @@ class Leaks:
         )
 
 
+class ChosenExamples(Sequence[ExampleT]):
+    """Some of the examples of another sequence, by index.
+
+    Example:
+        >>> list(ChosenExamples(["a", "b", "c"], [2, 0]))
+        ['c', 'a']
+    """
+
+    def __init__(self, examples: Sequence[ExampleT], indices: Sequence[int]) -> None:
+        self.examples, self.indices = examples, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @overload
+    def __getitem__(self, index: int) -> ExampleT: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ExampleT]: ...
+    def __getitem__(self, index: int | slice) -> ExampleT | list[ExampleT]:
+        if isinstance(index, slice):
+            return [self.examples[i] for i in self.indices[index]]
+        return self.examples[self.indices[index]]
+
+
 @dataclass
 class Prepared(Generic[ExampleT]):
     """Examples that are ready for batching, and counts of reading them.
@@ -98,10 +122,8 @@ class Prepared(Generic[ExampleT]):
         ```
     """
 
-    rows: list[ExampleT]
+    rows: Sequence[ExampleT]
     reading: Reading
-    lengths: list[int] = field(default_factory=list)
-    trained: int = 0
     truncated: int = 0
     keys: list[RowKey] = field(default_factory=list)
     """Key of each used row."""
@@ -109,15 +131,27 @@ class Prepared(Generic[ExampleT]):
     """Index in `keys` of the row of each example."""
     source_of: list[int] = field(default_factory=list)
     """Index of the source of each row of a mixture; empty if there is one source."""
+    categories: list[str] | None = None
+    """Categories of preference data, if they are known without reading the examples."""
+    sizes: tuple[int, int, int] | None = None
+    """Result of `totals`, if it is known without reading the examples."""
+
+    def totals(self) -> tuple[int, int, int]:
+        """Number of tokens, number of trained tokens, and length of the longest example."""
+        if self.sizes is not None:
+            return self.sizes
+        sizes = [(example.tokens, example.trained) for example in self.rows]
+        return sum(tokens for tokens, _ in sizes), sum(trained for _, trained in sizes), max(sizes)[0]
 
     def part(self, rows: list[int]) -> "Prepared[ExampleT]":
         """The examples of the given rows, in that order."""
-        examples: dict[int, list[ExampleT]] = {}
-        for example, row in zip(self.rows, self.row_of, strict=True):
+        examples: dict[int, list[int]] = {}
+        for example, row in enumerate(self.row_of):
             examples.setdefault(row, []).append(example)
         chosen = [examples[row] for row in rows]
+        picked = [example for found in chosen for example in found]
         return Prepared(
-            [example for found in chosen for example in found],
+            [self.rows[i] for i in picked] if isinstance(self.rows, list) else ChosenExamples(self.rows, picked),
             self.reading,
             keys=[self.keys[row] for row in rows],
             row_of=[place for place, found in enumerate(chosen) for _ in found],
@@ -285,6 +319,7 @@ def hold_out(train: Prepared[ExampleT], split: float, seed: int) -> Prepared[Exa
     validation, kept = train.part(held), train.part(sorted(set(range(size)) - set(held)))
     validation.reading = Reading(len(held))
     train.rows, train.keys, train.row_of, train.source_of = kept.rows, kept.keys, kept.row_of, kept.source_of
+    train.sizes = None
     log.info(
         "validation: %d of %d rows held out of the training data (%d examples, %d prompts)%s",
         len(held),

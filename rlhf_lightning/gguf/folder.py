@@ -6,22 +6,18 @@ import logging
 import os
 import re
 import shutil
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_lightning.errors import ConfigError, first_line
-from rlhf_lightning.files import is_file, real_path, write_json
+from rlhf_lightning.files import is_file, locked, real_path, write_json
 from rlhf_lightning.gguf.header import Header, Tensor, is_gguf, read_header
 from rlhf_lightning.types import JSON, ModelSource
-
-if sys.platform != "win32":
-    import fcntl
 
 if TYPE_CHECKING:
     import torch
@@ -113,17 +109,14 @@ def _converted(path: Path, size: int, modified: int) -> str:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Lock a folder, so that only one process at a time converts into it; others wait."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder.with_name(f".{folder.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise ConfigError(f"{folder}: cannot be written ({error.strerror}); set RLHF_CACHE to another folder") from None
-    try:
-        if sys.platform != "win32":
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder))
+        except OSError as error:
+            raise ConfigError(
+                f"{folder}: cannot be written ({error.strerror}); set RLHF_CACHE to another folder"
+            ) from None
         yield
-    finally:
-        os.close(lock)
 
 
 class Quants:

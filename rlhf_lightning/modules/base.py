@@ -404,7 +404,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         """Number of tokens of the longest training row; 0 if unknown."""
         data = row_data_of(self.trainer)
         prepared = data.prepared.get("train") if data else None
-        return max((row.tokens for row in prepared.rows), default=0) if prepared else 0
+        return prepared.totals()[2] if prepared else 0
 
     def on_train_start(self) -> None:
         end_restored_epoch(self.trainer)

@@ -41,10 +41,10 @@ def store_reference(
     """
     if (data := row_data_of(trainer)) is None:
         return
-    if data.streaming is not None:
+    if data.streaming is not None or data.cache is not None:
         raise ConfigError(
-            "scorer.store computes the reference's log-probabilities of all rows before training, but data.streaming "
-            "is set; remove one of them"
+            "scorer.store keeps the reference's log-probabilities of all rows in memory, which data.streaming and "
+            "data.cache do not; remove one of them"
         )
     model = None
     for name, prepared in data.prepared.items():
