@@ -16,6 +16,7 @@ from examples import (
     environments,
     judge,
     label_by_rule,
+    large_files,
     objectives,
     openai_client,
     own_module,
@@ -54,6 +55,13 @@ def test_each_example_is_tested_and_listed() -> None:
     listed = (ROOT / "examples" / "README.md").read_text()
     assert {name for name in names if f"{name}.py" not in listed} == set()
     assert names <= set(globals())
+
+
+def test_large_files(base: str, tmp_path: Path) -> None:
+    trainer, data = large_files.main(base, str(tmp_path))
+    assert trainer.global_step == 20
+    counts: Any = data.row_counts()["train"]
+    assert {name: source["drawn"] for name, source in counts["sources"].items()} == {"sums": 120, "greetings": 40}
 
 
 def test_rewards(base: str, tmp_path: Path) -> None:

@@ -25,11 +25,13 @@ def run(args: list[str]) -> int:
     from rlhf_lightning.errors import ConfigError
 
     setup_logging("warning", None)
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError("--limit must be at least 1")
     if options.samples < 0 or (options.max_length is not None and options.max_length < 1):
         raise ConfigError("--samples must be at least 0, and --max_length at least 1")
     module = check.data_module(options.kind, options.model, options.chat_template, **_settings(options))
     say(module.asking.describe())
-    train = check.check(module, options.file)
+    train = check.check(module, _source(options.file), limit=options.limit)
     tokenizer = module.renderer.tokenizer
     figures: check.Figures = {
         "kind": options.kind,
@@ -38,7 +40,7 @@ def run(args: list[str]) -> int:
     }
     files = [train]
     if options.validation:
-        files.append(check.check(module, options.validation, "validation"))
+        files.append(check.check(module, options.validation, "validation", options.limit))
         figures["validation"] = check.report(files[1], tokenizer, 0)
         figures["overlap"] = check.overlap(train, files[1])
     bad = sum(len(file.bad) for file in files)
@@ -87,7 +89,12 @@ def _parse(args: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     check.add_argument(
-        "file", help="rows: a .jsonl, .json, .csv, .parquet or .txt (prompts) file, a glob pattern or a Hub id"
+        "file",
+        help="rows: a .jsonl, .json, .csv, .parquet or .txt (prompts) file, a glob pattern or a Hub id; or the .yaml\n"
+        "config of a stage, whose data.train is checked",
+    )
+    check.add_argument(
+        "--limit", type=int, metavar="N", help="check only the first N rows of each source, without reading it further"
     )
     check.add_argument("--kind", required=True, choices=KINDS, help="kind of stage that the rows are for")
     check.add_argument(
@@ -116,6 +123,23 @@ def _parse(args: list[str]) -> argparse.Namespace:
     check.add_argument("--train_on", help="sft: which messages are trained (data.train_on)")
     add_rendering_flags(check, samples=False)
     return parser.parse_args(args)
+
+
+def _source(file: str) -> "str | list[JSON] | dict[str, JSON]":
+    """The rows to check: a file, or `data.train` of a stage's config."""
+    if not file.lower().endswith((".yaml", ".yml")):
+        return file
+
+    from pathlib import Path
+
+    from rlhf_lightning.errors import ConfigError
+    from rlhf_lightning.yaml_files import read_mapping
+
+    data = read_mapping(Path(file)).get("data")
+    source = data.get("train") if isinstance(data, dict) else None
+    if not isinstance(source, str | list | dict):
+        raise ConfigError(f"{file}: there is no data.train; give the config of a stage, or a file of rows")
+    return source
 
 
 def _settings(options: argparse.Namespace) -> "Row":

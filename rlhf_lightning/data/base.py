@@ -343,7 +343,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
 
     def _cached(self, name: str, source: Source, folder: Path) -> Prepared[ExampleT]:
         """The rows of a source from the cache, which are read and tokenized if they are not there."""
-        sources, reading, wanted = inner_sources(source), Reading(), Wanted(self.text_key, name, self.lines)
+        sources, reading = inner_sources(source), Reading()
         unused: dict[str, None] = {}
         used: set[str] = set()
         self._truncated = 0
@@ -359,7 +359,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
 
         def rows() -> Iterator[CachedRow[ExampleT]]:
             for number, one in enumerate(sources):
-                for row in self._located(one, wanted, reading):
+                for row in self.located(one, name, reading):
                     reading.rows += 1
                     examples, skipped = convert_row(row, keyed, self.on_bad_row, self.columns)
                     if skipped is not None:
@@ -400,16 +400,24 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         compared = name != "train" or any(one is not None for one in others)
         return entry.prepared(compared, self.mixture is not None and name == "train")
 
-    def _located(self, source: Source, wanted: Wanted, reading: Reading) -> Iterator[LocatedRow]:
-        """The rows of a source; a file that can be read in pieces is not read as a whole."""
+    def located(self, source: Source, name: str, reading: Reading) -> Iterator[LocatedRow]:
+        """The rows of a source as `read` gives them; a file that can be read in pieces is not read as a whole."""
+        wanted = Wanted(self.text_key, name, self.lines)
         try:
-            spans = StreamedSource("data", source, wanted).spans
+            spans = StreamedSource(name, source, wanted).spans
         except DataError:  # another kind of source; what is wrong with it is reported by its reader
             spans = []
-        if spans:
-            yield from (LocatedRow(parsed(raw, wanted), raw.where) for raw in span_rows(spans))
-        else:
-            yield from self.read(source, wanted.split or "train", reading)
+        if not spans:
+            yield from self.read(source, name, reading)
+        for raw in span_rows(spans):
+            try:
+                row = parsed(raw, wanted)
+            except DataError as error:
+                if reading.unreadable is None:
+                    raise
+                reading.unreadable.append((raw.where, str(error).removeprefix(f"{raw.where}: ")))
+                continue
+            yield LocatedRow(row, raw.where)
 
     def _open_stream(self, streaming: Streaming) -> TrainingStream[ExampleT]:
         """Open the sources of `train` for streaming, and check their first rows."""

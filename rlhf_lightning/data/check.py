@@ -3,9 +3,11 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Required, TypeAlias, TypedDict
 
 from rlhf_lightning.data.columns import refuse_unused_names
+from rlhf_lightning.data.mixing import Mixture, inner_sources
 from rlhf_lightning.data.preference import PreferenceDataModule
 from rlhf_lightning.data.preference_rows import Pair, PreferenceExample, row_kind
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
@@ -85,20 +87,26 @@ def data_module(kind: str, model: str, chat_template: str | None = None, **setti
     return module
 
 
-def check(module: StageData, source: Source, split: str = "train") -> Checked:
+def check(module: StageData, source: Source, split: str = "train", limit: int | None = None) -> Checked:
     """Read and render every row. Bad rows are collected, and do not stop the check.
 
     Args:
         module: The data module of a stage.
-        source: The rows.
+        source: The rows, or a mixture of sources.
         split: The split to read.
+        limit: Number of rows to read of each source, for files larger than memory; by default all.
 
     Raises:
         DataError: If the file does not exist or cannot be read.
     """
     reading = Reading(unreadable=[])
-    found = Checked(str(source))
-    rows = module.read(source, split, reading)
+    mixture = Mixture.of(source)
+    found = Checked(str(source) if mixture is None else ", ".join(one.name for one in mixture.sources))
+    rows: list[LocatedRow] = []
+    for one in inner_sources(source):
+        rows += (
+            module.read(one, split, reading) if limit is None else islice(module.located(one, split, reading), limit)
+        )
     _choose_kind(module, rows)
     module._truncated = 0
     module.renderer.openings = found.openings

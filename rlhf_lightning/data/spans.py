@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 SIZE = 8 << 20
 """Bytes of a span of JSON lines."""
 SAMPLE = 1000
-"""Number of rows at the beginning of a file from which it is decided whether nulls come from Arrow."""
+"""Number of rows at the beginning of a file, up to `SIZE`, from which it is decided whether nulls come from Arrow."""
 LINES, COMPRESSED, PARQUET = "lines", "compressed", "parquet"
 _BLANK = b" \t\r\n\x0b\x0c\xef\xbb\xbf"
 
@@ -130,7 +130,7 @@ def _check_lines(path: Path, kind: str, wanted: Wanted) -> None:
     """Raise `DataError` if the first line is not a row, for example because the file is one JSON list."""
     if wanted.lines:
         return
-    first = next(iter(_raw_lines(path, wanted)), None)
+    first = next(iter(_raw_lines(path)), None)
     if first is None:
         raise DataError(f"{path}: there are no rows; give data with at least one row")
     found = json_kind(first.line or "")
@@ -143,15 +143,18 @@ def _check_lines(path: Path, kind: str, wanted: Wanted) -> None:
     )
 
 
-def _raw_lines(path: Path, wanted: Wanted) -> Iterator[RawRow]:
+def _raw_lines(path: Path) -> Iterator[RawRow]:
     """The lines at the beginning of a file that are not blank."""
     yield from span_rows([Span(str(path), COMPRESSED, 0, 0, 1, None)])
 
 
 def _filled(path: Path, wanted: Wanted) -> bool:
     """True if the first rows look as if `datasets` or pandas wrote them from an Arrow table; see `unfilled`."""
-    rows: list[Row] = []
-    for raw in islice(_raw_lines(path, wanted), SAMPLE):
+    rows, size = list[Row](), 0
+    for raw in islice(_raw_lines(path), SAMPLE):
+        size += len(raw.line or "")
+        if size > SIZE:
+            break
         try:
             rows.append(line_row(raw.line or "", wanted.text_key))
         except ValueError:

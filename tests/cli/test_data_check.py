@@ -13,7 +13,7 @@ from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.main import COMMANDS
 from rlhf_lightning.data import check
 from rlhf_lightning.data.check import histogram, statistics
-from tests.helpers.cli import mistake
+from tests.helpers.cli import mistake, write_yaml
 from tests.helpers.rows import chats, labeled, pairs, prompts, rankings, write_rows
 
 
@@ -49,6 +49,22 @@ def test_bad_rows_are_listed_with_line_and_reason(
     out = capsys.readouterr().out
     assert f"{file}:6: " in out
     assert "bad rows: 4" in out
+
+
+def test_mixture_of_a_config_and_the_first_rows_of_large_files(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = Path(write_rows(tmp_path / "a.jsonl", chats(6)))
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([*lines[:2], "{broken", *lines[2:]]) + "\n")
+    sources = {"a": {"source": str(file), "weight": 2}, "b": {"source": write_rows(tmp_path / "b.jsonl", chats(8))}}
+    config = write_yaml(tmp_path / "sft.yaml", {"data": {"train": sources}})
+    whole = checked([config, "--kind", "sft", "--model", base], capsys, code=1)
+    assert (whole["file"], whole["rows"], whole["examples"], len(whole["bad"])) == ("a, b", 15, 14, 1)
+    first = checked([config, "--kind", "sft", "--model", base, "--limit", "3"], capsys, code=1)
+    assert (first["rows"], first["examples"]) == (7, 6)
+    assert first["bad"][0]["where"] == f"{file}:3"
+    assert first["bad"] == whole["bad"]
 
 
 def test_figures_equal_those_computed_from_the_rows(

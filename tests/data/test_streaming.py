@@ -3,6 +3,8 @@
 import gzip
 import json
 import logging
+import resource
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from datasets import IterableDataset, load_dataset
 
+from benchmarks.streaming import memory
 from rlhf_lightning import (
     PolicyRLModule,
     PreferenceDataModule,
@@ -35,7 +38,7 @@ from rlhf_lightning.objectives.preference import KTO
 from rlhf_lightning.rewards import KeywordReward
 from rlhf_lightning.rollout.curriculum import Curriculum
 from tests.helpers.rows import chats, labeled, pairs, prompts, write_rows
-from tests.helpers.runs import in_ranks
+from tests.helpers.runs import Forked, in_ranks
 from tests.helpers.training import trainer
 
 SMALL = Streaming(shuffle_buffer=4)
@@ -175,6 +178,46 @@ def test_ranks_take_every_row_once_and_the_same_number_of_steps(base: str, tmp_p
     assert [tokens for _, tokens in first["seen"]] == [tokens for _, tokens in second["seen"]]
     assert len(first["seen"]) == len(second["seen"]) == 4
     assert first["drawn"] == second["drawn"] == 22
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spans, "SIZE", 1 << 20)
+    file = tmp_path / "rows.jsonl"
+    with file.open("w") as out:
+        for i in range(2000):
+            out.write(json.dumps({"prompt": f"{i}", "completion": "Yes.", "notes": "x" * 60_000}) + "\n")
+
+    def growth(read: Callable[[], int]) -> float:
+        """Growth of the peak memory of a process while it reads the file, as a multiple of the file's size."""
+        found = tmp_path / "growth"
+
+        def measure() -> None:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            assert read() == 2000
+            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+            found.write_text(str(grown * 1024 / file.stat().st_size))
+
+        process = Forked(measure, tmp_path / "out.txt")
+        while process.poll() is None:
+            time.sleep(0.01)
+        assert process.code == 0, (tmp_path / "out.txt").read_text()
+        return float(found.read_text())
+
+    def streamed() -> int:
+        rows = RowStream([StreamedSource("a", str(file), Wanted())], ALONE, Streaming(100), 1, Reader())
+        return sum(len(spans.parsed(raw, Wanted())) == 3 for _, raw in rows)
+
+    assert growth(streamed) < 0.4
+    assert growth(lambda: len(read_rows(str(file)))) > 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_training_on_5_gb_stays_below_2_gb(tmp_path: Path) -> None:
+    """Five minutes on two free cores."""
+    found = memory(5.0, tmp_path)
+    assert found["file_gb"] >= 5
+    assert found["peak_gb"] < 2
 
 
 @pytest.mark.parametrize("workers", [0, 1])
