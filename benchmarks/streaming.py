@@ -158,15 +158,19 @@ def main() -> None:
     from rlhf_lightning.checkpointing.provenance import processor, versions
 
     folder = Path(tempfile.mkdtemp(dir=options.folder))
+    found: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "versions": versions()}
+
+    def record(name: str, result: dict[str, Any]) -> None:
+        found[name] = result
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
+
     try:
-        found: dict[str, Any] = {"memory": memory(options.gigabytes, folder)}
         rows = folder / "speed.jsonl"
         write_rows(rows, None, SPEED_ROWS, 50, 0)
-        found["speed"] = {"rows": SPEED_ROWS, **in_process("speed", rows, str(folder / "base"), folder)}
+        record("speed", {"rows": SPEED_ROWS, **in_process("speed", rows, base_model(folder / "base"), folder)})
+        record("memory", memory(options.gigabytes, folder))
     finally:
         shutil.rmtree(folder)
-    machine = {"processor": processor(), "cores": os.cpu_count(), "versions": versions()}
-    options.out.write_text(json.dumps({**machine, **found}, indent=2) + "\n")
     print(options.out.read_text())
 
 

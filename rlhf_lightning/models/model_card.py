@@ -166,7 +166,8 @@ def _data(sources: Mapping[str, JSON]) -> Iterator[str]:
         mixed = [(name, _object(one)) for mixture in mixtures.values() for name, one in mixture.items()]
         if mixed:
             yield "Sources of the training rows, and how often each was used (drawn):\n"
-            columns = ("source", "weight", "rows", "examples", "drawn")
+            named = ("source", "weight", "rows", "examples", "drawn")
+            columns = [name for name in named if any(name in one for _, one in mixed)]
             yield from _table(
                 ("name", *columns), [(name, *(one.get(column) for column in columns)) for name, one in mixed]
             )

@@ -220,7 +220,7 @@ def test_training_on_5_gb_stays_below_2_gb(tmp_path: Path) -> None:
     assert found["peak_gb"] < 2
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])  # 5 s until the worker has ended
 def test_bad_row_in_the_middle_names_file_and_line(workers: int, base: str, tmp_path: Path) -> None:
     rows = [*chats(150), {"messages": [{"role": "user", "content": "Hi"}]}]
     file = write_rows(tmp_path / "rows.jsonl", rows)
