@@ -31,7 +31,7 @@ from rlhf_lightning.rollout.advantages import GAE
 from rlhf_lightning.rollout.curriculum import Curriculum
 from rlhf_lightning.rollout.kl import KLPenalty
 from rlhf_lightning.rollout.runner import Limits
-from tests.helpers.cli import mistake, rlhf_process, stage_config, write_yaml
+from tests.helpers.cli import mistake, stage_config, write_yaml
 from tests.helpers.environments import PromptEnv
 from tests.helpers.modules import length
 from tests.helpers.rows import chats, labeled, pairs, prompts, rankings
@@ -175,28 +175,6 @@ def fit(base: str, tmp_path: Path, *args: str) -> list[str]:
 def lightning_logger(name: str, **options: str) -> list[str]:
     given = [f"--trainer.logger.{key}={value}" for key, value in options.items()]
     return [f"--trainer.logger=lightning.pytorch.loggers.{name}", *given]
-
-
-def test_tensorboard(base: str, tmp_path: Path) -> None:
-    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="no tensorboard")
-    asked = lightning_logger("TensorBoardLogger", save_dir=str(tmp_path / "tb"))
-    complete(fit(base, tmp_path, *asked), tmp_path / "out.txt")
-    [file] = (tmp_path / "tb").rglob("events.out.*")
-    read = events.EventAccumulator(str(file))
-    read.Reload()
-    assert "train/nll" in read.Tags()["scalars"]
-    assert len(read.Scalars("train/nll")) == 3
-
-
-def test_wandb_offline(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("wandb", reason="no wandb")
-    asked = lightning_logger("WandbLogger", save_dir=str(tmp_path / "wb"), offline="true")
-    (tmp_path / "wb").mkdir()
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    # In a process that ends as a user's does: wandb writes its last rows then.
-    rlhf_process(*fit(base, tmp_path, *asked))
-    [file] = (tmp_path / "wb").rglob("run-*.wandb")
-    assert b"train/nll" in file.read_bytes()
 
 
 @pytest.mark.parametrize(("name", "extra"), [("TensorBoardLogger", "tensorboard"), ("WandbLogger", "wandb")])

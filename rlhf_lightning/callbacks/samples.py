@@ -1,4 +1,4 @@
-"""Samples of the policy during training: a row per episode in `samples.jsonl`, and a table in the console."""
+"""Samples of the policy during training: a row per episode in `samples.jsonl`, and tables in console and loggers."""
 
 import sys
 from statistics import fmean
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
+from rlhf_lightning.callbacks.loggers import log_samples
 from rlhf_lightning.callbacks.table import SampleRow, choose, plain, rich
 from rlhf_lightning.checkpointing.jsonl import JsonLines
 from rlhf_lightning.distributed import gather
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 class SamplesLog(pl.Callback):
     """Appends the episodes of all ranks to `samples.jsonl` in the stage's folder, and prints some of them.
+
+    The loggers of Weights & Biases, MLflow and TensorBoard get a table of the printed rounds, too.
 
     Within a round, rows are ordered by prompt and sample for any number of ranks. A resumed run continues the file from
     its checkpoint, so that no round is missing or duplicated.
@@ -73,7 +76,10 @@ class SamplesLog(pl.Callback):
         if written:
             self._file.append(trainer, rows)
         if shown and rows and trainer.is_global_zero:
-            _show(trainer, rows)
+            title = f"round {number} (step {trainer.global_step}): {len(rows)} episodes"
+            chosen = choose(rows)
+            _show(trainer, title, chosen)
+            log_samples(trainer.loggers, rows, title, chosen)
 
 
 def _row(episode: Episode, step: int, number: int) -> SampleRow:
@@ -91,9 +97,8 @@ def _row(episode: Episode, step: int, number: int) -> SampleRow:
     }
 
 
-def _show(trainer: pl.Trainer, rows: list[SampleRow]) -> None:
-    title = f"round {rows[0]['round']} (step {rows[0]['step']}): {len(rows)} episodes"
-    text = (rich if sys.stdout.isatty() else plain)(title, choose(rows))
+def _show(trainer: pl.Trainer, title: str, chosen: dict[str, SampleRow]) -> None:
+    text = (rich if sys.stdout.isatty() else plain)(title, chosen)
     bar = trainer.progress_bar_callback
     if bar is None:
         print(text, flush=True)

@@ -15,7 +15,7 @@ from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import DISK_FULL
 from rlhf_lightning.rank_watch import LOST
 
-EXTRAS = ("tensorboard", "wandb")
+EXTRAS = ("tensorboard", "wandb", "mlflow")
 FULL = "free disk space, or set another folder (--trainer.default_root_dir); the same command resumes the run"
 REMEDIES = {**dict.fromkeys(DISK_FULL, FULL), errno.EIO: "the disk or the network share is failing"}
 """What to do about errors of a disk for which a stage has more specific advice than `main`."""

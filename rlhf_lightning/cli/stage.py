@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Mapping
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -415,8 +416,10 @@ class StageCLI(LightningCLI):
     def report(self) -> None:
         """Write the report after training, on rank 0."""
         fast = self.config[self.subcommand].trainer.fast_dev_run
+        from rlhf_lightning.callbacks.loggers import log_report
+
         if self.subcommand == "fit" and self.trainer.is_global_zero and not fast:
-            report_after_stage(self.root)
+            report_after_stage(self.root, partial(log_report, self.trainer.loggers))
 
 
 def _is_address(value: JSON) -> bool:

@@ -1,6 +1,7 @@
 """`report.html`: one self-contained page about a run."""
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from rlhf_lightning.files import replace_text
@@ -33,10 +34,17 @@ def write_report(root: str | Path, output: str | Path | None = None) -> Path:
     return path
 
 
-def report_after_stage(root: Path) -> None:
-    """Write the report after a stage of a run. An error is logged with its traceback, and not raised."""
+def report_after_stage(root: Path, publish: Callable[[Path], None] = lambda path: None) -> None:
+    """Write the report after a stage of a run. An error is logged with its traceback, and not raised.
+
+    Args:
+        root: The folder of the stage or pipeline.
+        publish: Called with the path of the report.
+    """
     try:
-        log.info("report: %s", write_report(root))
+        path = write_report(root)
+        log.info("report: %s", path)
+        publish(path)
     except Exception:
         # The stage is finished and its model is saved, so a failure here must not affect the exit code or the pipeline.
         log.exception("%s: the report could not be written; `rlhf report %s` tries again", root, root)
