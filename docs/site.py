@@ -32,6 +32,7 @@ ROOMS = {
     "rollout": "Rollouts, advantages, KL",
     "generation": "Generation",
     "rewards": "Rewards",
+    "filtering": "Filter",
     "environments": "Environments",
     "models": "Models",
     "evaluation": "Evaluation",

@@ -457,3 +457,73 @@ class Episode:
         """1 for the way in which the episode ended and 0 for the others, by logged name; their means are fractions."""
         ended = {f"stop_{reason}": float(self.stop_reason == reason) for reason in STOP_REASONS if reason != "failed"}
         return {**ended, "failed_episodes": float(self.failed)}
+
+
+# -- filter -----------------------------------------------------------------------------------------------------------
+
+FILTER_ACTIONS = ("mark", "drop", "block")
+"""What a rule of a filter does with a text that it matches, from the mildest to the strictest."""
+
+
+@dataclass(frozen=True)
+class FilterMatch:
+    """A text that matches a rule of a filter.
+
+    Attributes:
+        rule: Name of the rule.
+        action: The rule's action, one of `FILTER_ACTIONS`.
+        text: What matched, as it stands in the text; for a classifier or a judge the text itself. Cut off after 200
+            characters.
+        where: Place of the text in its row, for example `messages[1].content`; empty for a text without a row.
+        role: Role of the text; see `filtering.rules.ROLES`.
+
+    Example:
+        >>> FilterMatch("cards", "drop", "credit  card").rule
+        'cards'
+    """
+
+    rule: str
+    action: str
+    text: str
+    where: str = ""
+    role: str | None = None
+    score: float | None = None
+    """The classifier's probability of the label, or the share of the judge's votes; None for terms and patterns."""
+    failure: str = ""
+    """Why the rule could not be applied, if its `on_failure: match` counts that as a match."""
+
+
+@dataclass(frozen=True)
+class FilterDecision:
+    """What a filter decides about a text or a row.
+
+    Attributes:
+        matches: All matches, in the order of the rules.
+
+    Example:
+        >>> FilterDecision((FilterMatch("spam", "mark", "buy"), FilterMatch("cards", "drop", "credit card"))).action
+        'drop'
+    """
+
+    matches: tuple[FilterMatch, ...] = ()
+
+    @property
+    def action(self) -> str:
+        """The strictest action of the matches; `pass` if there are none."""
+        return max((match.action for match in self.matches), key=FILTER_ACTIONS.index, default="pass")
+
+    @property
+    def withheld(self) -> bool:
+        """True if the action is `drop` or `block`."""
+        return self.action in ("drop", "block")
+
+    @property
+    def rules(self) -> list[str]:
+        """Names of the rules that match, in their order."""
+        return list(dict.fromkeys(match.rule for match in self.matches))
+
+    @property
+    def summary(self) -> str:
+        """The rules that match in one line, with the first match of each."""
+        first = {match.rule: match.failure or repr(match.text) for match in reversed(self.matches)}
+        return ", ".join(f"rule {rule}: {first[rule]}" for rule in self.rules)

@@ -168,7 +168,11 @@ def flags() -> set[str]:
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
         for name in COMMANDS:
-            inner = {"data": (["check"],), "evaluate": ([], ["--task", "gsm8k"])}.get(name, ([],))
+            inner = {
+                "data": (["check"],),
+                "filter": (["apply"], ["evaluate"]),
+                "evaluate": ([], ["--task", "gsm8k"]),
+            }.get(name, ([],))
             for more in (["fit"], ["predict"]) if name in CLASSES else inner:
                 with contextlib.suppress(SystemExit):
                     main([name, *more, "--help"])

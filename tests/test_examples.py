@@ -25,6 +25,7 @@ from examples import (
     reward_model,
     reward_model_elsewhere,
     rewards,
+    safety_filter,
     scorer,
     sft_own_data,
     stop_on_kl,
@@ -267,6 +268,15 @@ def test_judge(base: str, tmp_path: Path) -> None:
         assert trained.callback_metrics["train/reward_comparison_order_bias"] == 0
         judge.main(base, server.url, "tiny", str(tmp_path))
         assert len(server.requests) == asked > 16, "the same run again asks nothing"
+
+
+def test_safety_filter(base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sft, policy = safety_filter.main(base, str(tmp_path))
+    assert "drop rule mail_addresses: 'ann@example.org'" in capsys.readouterr().out
+    data: Any = sft.datamodule  # type: ignore[attr-defined]
+    assert data.row_counts()["train"]["filter"]["data.train"]["rules"] == {"mail_addresses": 1, "medical": 1}
+    assert len(data.prepared["train"].rows) == 2
+    assert {"train/reward_filter_filtered", "train/reward_filter_weapons"} <= policy.callback_metrics.keys()
 
 
 def test_distill(base: str, tmp_path: Path, tokenizer: object) -> None:

@@ -19,7 +19,7 @@ ROOMS = [
     {"diagnostics"},
     {"checkpointing"},
     {"modules", "evaluation"},
-    {"rollout"},
+    {"rollout", "filtering"},
     {"rewards"},
     {"generation"},
     {"models"},

@@ -219,6 +219,9 @@ def commands(place: Place, session_tokenizer: Any) -> dict[tuple[str, ...], dict
     session_tokenizer.save_pretrained(reward)
     kinds = {"pairs": pairs, "prompts": prompts, "chats": chats}
     rows = {name: write_rows(root / f"{name}.jsonl", make(3)) for name, make in kinds.items()}
+    labeled = write_rows(root / "labeled.jsonl", [{"text": "one", "unsafe": 1}])
+    rules = root / "rules.yaml"
+    rules.write_text("rules: {five: {terms: [five]}}")
     config, plan = root / "sft-flags.yaml", root / "plan-flags.yaml"
     config.write_text(yaml.safe_dump(place.config("sft")))
     plan.write_text(yaml.safe_dump({"stages": [{"kind": "sft", "config": config.name}]}))
@@ -243,6 +246,8 @@ def commands(place: Place, session_tokenizer: Any) -> dict[tuple[str, ...], dict
         ("init",): {"dir": "project"},
         ("configs",): {"action": "copy", "name": "sft", "dir": "copied"},
         ("report",): {"run": root / "done", "--output": "report.html"},
+        ("filter", "apply"): {"rules": rules, "files": rows["chats"], "--output": "filtered"},
+        ("filter", "evaluate"): {"rules": rules, "file": labeled},
         ("data", "check"): {"file": rows["chats"], "--kind": "sft", "--model": place.base},
         ("pipeline",): {"file": plan, "--root": "root"},
         ("quickstart",): {"--root": "root"},

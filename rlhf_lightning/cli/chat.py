@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlhf_lightning.cli.filter_flag import add_filter_flag, filter_of
 from rlhf_lightning.cli.options import Parser, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import (
     add_rendering_flags,
@@ -27,13 +28,13 @@ def run(args: list[str]) -> int:
 
     setup_logging("warning", None)
     check_options(options)
-    device = device_of(options.device)
+    device, checks = device_of(options.device), filter_of(options.filter)
     talks = {}
     for name in dict.fromkeys([options.model, *(options.and_ or [])]):
         policy = Policy(name, options.dtype, device, rendering_options(options))
         sample, said = sampling_of(options, name, policy.sampled)
         say(policy.asking.describe(), said)
-        talks[name] = Conversation(policy, None, options.max_tokens, seed=options.seed, **sample)
+        talks[name] = Conversation(policy, None, options.max_tokens, seed=options.seed, filter=checks, **sample)
     labels = dict(zip(talks, _labels(list(talks)), strict=True))
 
     def show(text: str) -> None:
@@ -53,6 +54,9 @@ def run(args: list[str]) -> int:
                     raise  # a script could take the next answer for the answer to this message
                 show(f"({error})")
             print(flush=True)
+            for what, decision in zip(("message", "answer"), talk.decisions, strict=False):
+                if decision.matches:
+                    say(f"filter: {decision.action} of the {what} ({decision.summary})")
     return 0
 
 
@@ -95,6 +99,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     add_sampling_flags(parser)
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampled tokens (default: 0)")
+    add_filter_flag(parser)
     add_weight_flags(parser)
     add_rendering_flags(parser)
     return parser.parse_args(args)

@@ -4,13 +4,13 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from rlhf_lightning.cli.options import Parser
+from rlhf_lightning.cli.options import Parser, column_names
 from rlhf_lightning.cli.rendering_flags import add_rendering_flags, rendering_options, say
 from rlhf_lightning.files import as_json, visible
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.check import FileFigures
-    from rlhf_lightning.types import JSON, Row
+    from rlhf_lightning.types import Row
 
 KINDS = ("sft", "preference", "prompts")
 TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"
@@ -144,19 +144,11 @@ def _source(file: str) -> "str | list[JSON] | dict[str, JSON]":
 
 def _settings(options: argparse.Namespace) -> "Row":
     """The given settings of the data module."""
-    from rlhf_lightning.errors import ConfigError
-
     length = "max_prompt_tokens" if options.kind == "prompts" else "max_length"
     settings: Row = {"overlong": options.overlong, "train_on": options.train_on, **rendering_options(options)}
     settings[length] = options.max_length
     settings["lines"] = options.lines or None
-    columns: dict[str, JSON] = {}
-    for pair in options.columns or []:
-        ours, separator, theirs = pair.partition("=")
-        if not (ours and separator and theirs):
-            raise ConfigError(f"--columns {pair}: write OURS=YOURS, for example prompt=question")
-        columns[ours] = theirs
-    settings["columns"] = columns or None
+    settings["columns"] = {**column_names(options.columns)} or None
     return {name: value for name, value in settings.items() if value is not None}
 
 

@@ -10,6 +10,7 @@ from typing import TypedDict
 from rlhf_lightning.data.mixing import inner_sources
 from rlhf_lightning.data.names import check_there
 from rlhf_lightning.data.records import Source, fingerprint, hashed_files
+from rlhf_lightning.data.row_filter import RowFilter
 from rlhf_lightning.data.task_sources import is_task
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT, is_file, read_record, write_json
@@ -33,15 +34,16 @@ class SourceRecord(TypedDict):
     files: dict[str, JSON]
 
 
-def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
+def check_data_record(root: Path, sources: Mapping[str, Source | None], row_filter: RowFilter | None = None) -> None:
     """Compare the data with the record in the run's folder; write the record if there is none.
 
     Args:
         root: Folder of the run.
         sources: Data sources by the name of their setting.
+        row_filter: The filter of the rows, which is part of the record.
 
     Raises:
-        ConfigError: If the rows of a source have changed.
+        ConfigError: If the rows of a source, or the rules of the filter, have changed.
     """
     for name in ("test", "predict"):  # not read by fit
         if isinstance(source := sources.get(name), str):
@@ -49,7 +51,7 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
     path = root / RECORD
     record = read_record(path) if is_file(path) else {}
     before: dict[str, SourceRecord] = {}
-    for name in record.keys() & set(SOURCES):
+    for name in record.keys() & {*SOURCES, "filter"}:
         known = record[name]
         digest, files = (known.get("hash"), known.get("files")) if isinstance(known, dict) else (None, None)
         hashed = isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)
@@ -59,7 +61,16 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None]) -> None:
             )
         before[name] = {"hash": digest, "files": files}
     now = {name: _facts(source, before.get(name)) for name in SOURCES if (source := sources.get(name)) is not None}
+    if row_filter is not None:
+        now["filter"] = {"hash": row_filter.fingerprint(), "files": {}}
+        if "filter" in before and before["filter"]["hash"] != now["filter"]["hash"]:
+            raise ConfigError(
+                f"the rules of data.filter ({row_filter}) have changed since the run in {root} began. Restore them, "
+                "choose another --trainer.default_root_dir, or start over with --fresh."
+            )
     for name, facts in now.items():
+        if name == "filter":
+            continue
         if facts["files"] or not isinstance(source := sources[name], str) or is_task(source):
             if name in before and before[name]["hash"] is not None and before[name]["hash"] != facts["hash"]:
                 raise ConfigError(

@@ -38,6 +38,7 @@ COMMANDS = {
     "export": ("rlhf_lightning.cli.export", "merge an adapter, change the dtype, or upload to the Hub"),
     "init": ("rlhf_lightning.cli.init", "create a project folder with configs and example data"),
     "configs": ("rlhf_lightning.cli.configs", "list the configs that come with the package, or copy one to edit"),
+    "filter": ("rlhf_lightning.cli.filter", "remove or mark rows by rules, or measure the rules on labeled rows"),
     "data": ("rlhf_lightning.cli.data", "check a data file: lengths, duplicates, bad rows, trained tokens"),
     "report": ("rlhf_lightning.cli.report", "write a run's report.html: curves, samples, warnings, lineage"),
     "quickstart": ("rlhf_lightning.cli.quickstart", "run all stages on a small generated model, or on your own"),

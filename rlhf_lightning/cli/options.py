@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -99,6 +100,24 @@ def add_weight_flags(parser: argparse.ArgumentParser) -> None:
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Add `--overwrite`, for commands that write to a given file."""
     parser.add_argument("--overwrite", action="store_true", help="replace an existing output file (default: refuse)")
+
+
+def column_names(pairs: Sequence[str] | None) -> dict[str, str]:
+    """The mapping of `--columns OURS=YOURS`.
+
+    Args:
+        pairs: The values of the flag.
+
+    Raises:
+        ConfigError: If one has another form.
+    """
+    columns: dict[str, str] = {}
+    for pair in pairs or ():
+        ours, separator, theirs = pair.partition("=")
+        if not (ours and separator and theirs):
+            raise ConfigError(f"--columns {pair}: write OURS=YOURS, for example prompt=question")
+        columns[ours] = theirs
+    return columns
 
 
 def check_writable(name: str, path: Path, overwrite: bool = False) -> None:

@@ -50,13 +50,14 @@ from rlhf_lightning.data.records import (
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings, shared_by_all
 from rlhf_lightning.data.response_starts import ResponseStarts
+from rlhf_lightning.data.row_filter import FilterCounts, RowFilter, filtered
 from rlhf_lightning.data.row_streams import StreamedSource, Streaming, check_rows
 from rlhf_lightning.data.spans import parsed, span_rows
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
 from rlhf_lightning.data.stream_loader import StreamLoader
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.data.training_stream import TrainingStream
-from rlhf_lightning.errors import ConfigError, DataError, UserError, check_seed, check_whole
+from rlhf_lightning.errors import ConfigError, DataError, UserError, check_object, check_seed, check_whole
 from rlhf_lightning.types import JSON, Row, StepBatch
 
 log = logging.getLogger(__name__)
@@ -99,6 +100,8 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         streaming: Read `train` while training, for files that are larger than memory; true, or the settings of
             `Streaming`. Rows are shuffled in blocks, and an epoch has no known length.
         cache: Folder in which tokenized rows are kept for later runs, and read from instead of memory.
+        filter: Leaves out rows of `train` that match rules, before they are rendered; see
+            `rlhf_lightning.filtering.RuleFilter`. Other sources are not filtered.
         show_example: Log one rendered row with its loss mask.
 
     Raises:
@@ -130,9 +133,12 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
         stopping_strategy: str = "first_exhausted",
         streaming: Streaming | bool = False,
         cache: str | Path | None = None,
+        filter: RowFilter | None = None,
         show_example: bool = True,
     ) -> None:
         super().__init__()
+        if filter is not None:
+            check_object("data.filter", filter, "RuleFilter('rules.yaml')")
         if overlong not in OVERLONG:
             raise ConfigError(f"data.overlong is {overlong!r}; it must be one of {', '.join(OVERLONG)}")
         for name, size in (
@@ -177,12 +183,20 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
                 "data.streaming and data.cache are both set; stream rows once, or keep them tokenized: remove one"
             )
         self.cache = None if cache is None else Path(cache).expanduser()
+        if filter is not None and not (streaming is False and cache is None):
+            raise ConfigError(
+                "data.filter decides about all rows of data.train before training, so it cannot be combined with "
+                "data.streaming or data.cache. Filter the file with rlhf filter apply, and train on the result"
+            )
         self.stream: TrainingStream[ExampleT] | None = None
         """The streamed rows of `train`, once they are opened."""
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
         self.on_bad_row, self.columns, self.format = on_bad_row, columns, format
         self.template_kwargs, self.system, self.tools, self.tokenizer = template_kwargs, system, tools, tokenizer
         self.seed = run_seed() if seed is None else seed
+        self.filter = filter
+        self.filter_counts: dict[str, FilterCounts] = {}
+        """What the filter found in each source of `train`, by name."""
         self.show_example = show_example
         self.prepared: dict[str, Prepared[ExampleT]] = {}
         self.start: str | Path | None = None
@@ -283,6 +297,12 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             return
         reading = Reading()
         inner = [self.read(one, name, reading) for one in inner_sources(source)]
+        dropped = 0
+        if self.filter is not None and name == "train":
+            names = [one.name for one in self.mixture.sources] if self.mixture is not None else ["data.train"]
+            before = sum(map(len, inner))
+            inner, self.filter_counts = filtered(inner, names, self.filter, self.columns)
+            dropped = before - sum(map(len, inner))
         rows = [row for rows in inner for row in rows]
         self._truncated = 0
         if name == "train":
@@ -305,6 +325,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
             return examples
 
         converted = convert_rows(rows, keyed, reading, self.on_bad_row, self.columns)
+        reading.rows += dropped
         refuse_unused_names(self.columns, used)
         self._record_shared()
         for index, example in enumerate(converted):
@@ -664,6 +685,8 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
                 one["sources"] = self._mixture_counts([len(examples) for examples in order.examples])
             else:
                 one["source"] = _named(self.sources.get(name), f"held out of train ({self.validation_split})")
+            if name == "train" and self.filter is not None:
+                one["filter"] = {source: found.as_json() for source, found in self.filter_counts.items()}
             counts[name] = one
         return counts
 

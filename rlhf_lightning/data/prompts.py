@@ -218,6 +218,11 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
                 "data.validation_split holds out prompts of data.train, but data.episodes is set; use data.validation "
                 "instead"
             )
+        if self.recorded and self.filter is not None:
+            raise ConfigError(
+                "data.filter reads texts, but recorded episodes (data.episodes) consist of tokens; filter the texts "
+                "before you record episodes"
+            )
         self.lines = lines
         for name, value in (
             ("prompts_per_round", prompts_per_round),

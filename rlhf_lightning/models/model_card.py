@@ -171,6 +171,14 @@ def _data(sources: Mapping[str, JSON]) -> Iterator[str]:
             yield from _table(
                 ("name", *columns), [(name, *(one.get(column) for column in columns)) for name, one in mixed]
             )
+        for source, counts in _object(_object(sources.get("train")).get("filter")).items():
+            found = _object(counts)
+            rules = ", ".join(f"{rule} in {count}" for rule, count in _object(found.get("rules")).items())
+            yield (
+                f"A filter dropped {_plain(found.get('dropped'))} of {_plain(found.get('rows'))} rows of "
+                f"{_plain(source)} and marked {_plain(found.get('marked'))}; its rules matched: "
+                f"{_plain(rules or 'none')}.\n"
+            )
 
 
 def _settings(settings: Mapping[str, JSON], facts: Mapping[str, JSON]) -> Iterator[str]:
@@ -249,4 +257,6 @@ def _limits(kind: str, facts: Mapping[str, JSON], sources: Mapping[str, JSON]) -
             yield f"{_plain(facts[key])} {said}."
     if facts.get("stopped"):
         yield f"Training was stopped: {_plain(facts['stopped'])}"
+    if train.get("filter"):
+        yield "A filter finds what its rules describe, and may have left other unsafe text in the training data."
     yield "It was not checked for safety, bias, or private information in its training data."
