@@ -116,6 +116,9 @@ def test_nothing_left_and_blocked_rows_are_errors(text: str, message: str, token
 def test_filters_that_cannot_work_are_refused(rules: str) -> None:
     with pytest.raises(ConfigError, match=r"in Python pass an object, for example RuleFilter"):
         SFTDataModule(chats(3), filter=rules)  # type: ignore[arg-type]
+    for other in ({"streaming": True}, {"cache": "cache"}):
+        with pytest.raises(ConfigError, match=r"cannot be combined with data.streaming or data.cache"):
+            SFTDataModule(chats(3), filter=RuleFilter(rules), **other)
     with pytest.raises(ConfigError, match=r"recorded episodes .* consist of tokens"):
         PromptDataModule(episodes="episodes.jsonl", filter=RuleFilter(rules))
 
