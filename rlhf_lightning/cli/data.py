@@ -10,7 +10,7 @@ from rlhf_lightning.files import as_json, visible
 
 if TYPE_CHECKING:
     from rlhf_lightning.data.check import FileFigures
-    from rlhf_lightning.types import Row
+    from rlhf_lightning.types import JSON, Row
 
 KINDS = ("sft", "preference", "prompts")
 TRAINED, PLAIN = "\x1b[32m", "\x1b[0m"

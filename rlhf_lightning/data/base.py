@@ -183,7 +183,7 @@ class RowDataModule(pl.LightningDataModule, Generic[ExampleT, BatchT]):
                 "data.streaming and data.cache are both set; stream rows once, or keep them tokenized: remove one"
             )
         self.cache = None if cache is None else Path(cache).expanduser()
-        if filter is not None and not (streaming is False and cache is None):
+        if filter is not None and (self.streaming is not None or cache is not None):
             raise ConfigError(
                 "data.filter decides about all rows of data.train before training, so it cannot be combined with "
                 "data.streaming or data.cache. Filter the file with rlhf filter apply, and train on the result"
