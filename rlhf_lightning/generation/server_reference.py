@@ -176,7 +176,7 @@ class ServerReference:
                 if failures == ATTEMPTS:
                     raise ServerError(
                         f"kl.reference: a request failed {ATTEMPTS} times, the last time because {error}; see the "
-                        "server's log"
+                        "server's log. With --enable-lora, vLLM 0.32 may fail at log-probabilities of prompts"
                     ) from None
                 self._await(str(error), returns, stop)
             stop.wait(PAUSE * failures)

@@ -1,4 +1,4 @@
-"""A vLLM server as the reference of the KL, with a stand-in; tests/generation/test_vllm_serve.py has a real one."""
+"""A vLLM server as the reference of the KL, with a stand-in; tests/generation/test_vllm_teacher.py has a real one."""
 
 import copy
 import logging

