@@ -4,6 +4,7 @@ import argparse
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
+from rlhf_lightning.cli.filter_flag import add_filter_flag, filter_of
 from rlhf_lightning.cli.options import Parser, add_weight_flags, check_options, device_of
 from rlhf_lightning.cli.rendering_flags import (
     add_rendering_flags,
@@ -36,7 +37,7 @@ def run(args: list[str]) -> int:
         from rlhf_lightning.serving.server import ApiServer
     except ModuleNotFoundError as error:
         raise missing_package(error, "rlhf serve", "serve") from None
-    access = access_of(options, TOKEN)
+    access, checks = access_of(options, TOKEN), filter_of(options.filter)
     with ExitStack() as opened:
         place = opened.enter_context(web.bound(options.host, options.port))
         reader, sampler = _load(options)
@@ -44,7 +45,7 @@ def run(args: list[str]) -> int:
         opened.callback(sampler.stop)
         _greet(reachable(web.address_of(place), options.host), reader.name, access)
         with suppress(KeyboardInterrupt):  # this is how serving ends
-            web.web_server(ApiServer(reader, sampler, access).app()).run(sockets=[place])
+            web.web_server(ApiServer(reader, sampler, access, checks).app()).run(sockets=[place])
     return 0
 
 
@@ -120,6 +121,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         help="maximum number of tokens of a prompt with its response (default: the model's context)",
     )
     add_web_flags(parser, "server", 8000, "clients", TOKEN)
+    add_filter_flag(parser)
     add_sampling_flags(parser)
     add_weight_flags(parser)
     add_rendering_flags(parser)

@@ -44,6 +44,7 @@ class Choice:
         stops = asked.params[index // asked.n].stop_strings
         self._stream = TextStream(renderer, stops, strip=asked.is_chat)
         self._shown = 0
+        self._withheld: str | None = None
         self.tokens = 0
         self.finish_reason: str | None = None
         self.calls: list[JSON] = []
@@ -93,8 +94,17 @@ class Choice:
 
     @property
     def text(self) -> str:
-        """The text so far, without tool calls."""
-        return self._stream.text[: self._shown]
+        """The text so far, without tool calls; the refusal if the response is withheld."""
+        return self._stream.text[: self._shown] if self._withheld is None else self._withheld
+
+    def withhold(self, refusal: str) -> None:
+        """Replace the ended response, with its calls and log-probabilities, by the refusal of a filter.
+
+        Args:
+            refusal: The text.
+        """
+        self._withheld = refusal
+        self.calls, self.logprobs, self.finish_reason = [], [], "content_filter"
 
     def _logprob(self, token: int, logprob: float) -> JSON:
         text = self._tokenizer.decode([token])
@@ -168,7 +178,14 @@ class Reply:
 
     def events(self, sampled: Sampled) -> Iterator[bytes]:
         """Add tokens to their response; yields the events of a stream about them."""
-        choice, piece = self.choices[sampled.index], self.take(sampled)
+        yield from self._grown(self.choices[sampled.index], self.take(sampled))
+
+    def whole(self) -> Iterator[bytes]:
+        """The events of a stream about responses that have all ended: each has its text in one piece."""
+        for choice in self.choices:
+            yield from self._grown(choice, choice.text)
+
+    def _grown(self, choice: Choice, piece: str) -> Iterator[bytes]:
         if piece:
             yield self._chunk(choice, {"content": piece} if self.asked.is_chat else piece, None)
         if choice.finish_reason is None:

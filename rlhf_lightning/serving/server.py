@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,15 +16,18 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from rlhf_lightning.errors import first_line
+from rlhf_lightning.errors import UserError, first_line
 from rlhf_lightning.files import as_json
+from rlhf_lightning.filtering import Filter, FilterText
+from rlhf_lightning.filtering.rows import row_texts
 from rlhf_lightning.serving.fields import RequestError
 from rlhf_lightning.serving.replies import Reply, event
 from rlhf_lightning.serving.requests import Asked, RequestReader
 from rlhf_lightning.serving.sampling import ResponseSampler, Sampled
-from rlhf_lightning.types import JSON
+from rlhf_lightning.types import JSON, FilterDecision
 from rlhf_lightning.web import Access, Guard, read_body
 
+log = logging.getLogger(__name__)
 BODY = 4 * 2**20
 """Largest request body in bytes."""
 HEADERS = {
@@ -45,6 +49,7 @@ class ApiServer:
         reader: Reads requests.
         sampler: Samples the responses.
         access: Who may use the server.
+        filter: Checks requests and responses; None to pass everything.
 
     Example:
         >>> app = ApiServer(reader, sampler).app()  # doctest: +SKIP
@@ -53,6 +58,11 @@ class ApiServer:
     reader: RequestReader
     sampler: ResponseSampler
     access: Access = field(default_factory=Access)
+    filter: Filter | None = None
+
+    def __post_init__(self) -> None:
+        self._checking = asyncio.Lock()
+        """The filter checks one request at a time, because judges and classifiers are not made for several threads."""
 
     def app(self) -> Starlette:
         """The application."""
@@ -118,12 +128,69 @@ class ApiServer:
             raise RequestError(f"the request is not valid JSON ({first_line(error)})") from None
         asked = read(value)
         reply = Reply(asked, self.reader.name, self.reader.renderer)
+        if self.filter is not None:
+            return await _unless_gone(request, self._filtered(self.filter, _texts(value, asked, reply), reply))
         tokens = self.sampler.sample(asked.rows())
         if not asked.stream:
             return await _unless_gone(request, _whole(reply, tokens))
         # Errors before the first token have a status of their own.
         first = await _unless_gone(request, anext(tokens))
         return _EventStream(_events(reply, first, tokens))
+
+    async def _filtered(self, filter: Filter, texts: list[FilterText], reply: Reply) -> Response:
+        """A reply of which a filter withholds responses. A stream has each response in one piece, once all have ended.
+
+        Args:
+            filter: The filter.
+            texts: Texts of the request.
+            reply: The reply.
+
+        Raises:
+            RequestError: If the filter withholds the request.
+        """
+        [decision] = await self._decisions(filter, [texts], "request")
+        if decision.withheld:
+            field = "messages" if reply.asked.is_chat else "prompt"
+            raise RequestError("the request was withheld by the filter of this server", field, "content_filter")
+        async with aclosing(self.sampler.sample(reply.asked.rows())) as tokens:
+            async for sampled in tokens:
+                reply.take(sampled)
+        messages: list[list[JSON]] = [
+            [{"role": "assistant", "content": choice.text, "tool_calls": choice.calls}] for choice in reply.choices
+        ]
+        rows = [row_texts({"messages": message}, "a response") for message in messages]
+        for choice, found in zip(reply.choices, await self._decisions(filter, rows, "response"), strict=True):
+            if found.withheld:
+                choice.withhold(filter.refusal)
+        return _EventStream(_replayed(reply)) if reply.asked.stream else _json(reply.body())
+
+    async def _decisions(self, filter: Filter, rows: list[list[FilterText]], what: str) -> list[FilterDecision]:
+        """Decisions about requests or responses. The log has the rules that match, but no texts of clients."""
+        async with self._checking:
+            try:
+                decisions = await asyncio.to_thread(filter.check_rows, rows)
+            except UserError as error:
+                log.error("the filter failed: %s", error)
+                raise RequestError(
+                    "the filter of this server failed; its log has the reason", status=500, kind="server_error"
+                ) from None
+        for decision in decisions:
+            if decision.matches:
+                log.warning("filter: %s of a %s (%s)", decision.action, what, ", ".join(decision.rules))
+        return decisions
+
+
+def _texts(value: JSON, asked: Asked, reply: Reply) -> list[FilterText]:
+    """The texts of a request."""
+    if asked.is_chat and isinstance(value, dict):
+        return row_texts({key: value.get(key) for key in ("messages", "tools")}, "a request")
+    return [FilterText(reply.renderer.tokenizer.decode(ids), "user", label="a request") for ids in asked.prompts]
+
+
+async def _replayed(reply: Reply) -> AsyncGenerator[bytes, None]:
+    """The events of a stream about responses that have all ended."""
+    for one in (*reply.begin(), *reply.whole(), *reply.end()):
+        yield one
 
 
 class _EventStream(StreamingResponse):

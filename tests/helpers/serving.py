@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from rlhf_lightning.evaluation.policy import Policy
+from rlhf_lightning.filtering import Filter
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.sampler import ModelSampler, Sampler
 from rlhf_lightning.serving.local import BatchSampler
@@ -75,8 +76,8 @@ class Scripted:
 
 
 @contextmanager
-def scripted(policy: Policy, sampler: ResponseSampler) -> Iterator[str]:
+def scripted(policy: Policy, sampler: ResponseSampler, checks: Filter | None = None) -> Iterator[str]:
     """Serve given responses in a thread; yields the URL."""
     settings = Sampler(16).build(policy.model, policy.renderer)
-    with running(ApiServer(reader_of(policy, settings), sampler).app()) as address:
+    with running(ApiServer(reader_of(policy, settings), sampler, filter=checks).app()) as address:
         yield f"{address}v1"
