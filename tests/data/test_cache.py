@@ -18,7 +18,7 @@ from rlhf_lightning.errors import ConfigError, DataError, UserError
 from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.objectives.preference import KTO
 from tests.helpers.rows import chats, labeled, pairs, rankings, ready, write_rows
-from tests.helpers.runs import Forked
+from tests.helpers.runs import Forked, in_ranks
 from tests.helpers.training import trainer
 
 KINDS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
@@ -168,6 +168,18 @@ def test_training_from_the_cache_equals_training_from_memory(base: str, tmp_path
         one.fit(module, SFTDataModule(file, batch_size=4, cache=cache, seed=2))
         losses.append([value.tolist() for value in module.parameters()])
     assert losses[0] == losses[1] == losses[2]
+
+
+def test_ranks_share_an_entry(base: str, tmp_path: Path) -> None:
+    file, folder = write_rows(tmp_path / "a.jsonl", chats(12)), tmp_path / "cache"
+
+    def run() -> None:
+        one = trainer(tmp_path, devices=2, strategy="ddp")
+        one.fit(SFTModule(base), SFTDataModule(file, batch_size=3, cache=folder))
+        assert one.global_step == 2
+
+    in_ranks(2, run, tmp_path)
+    assert len(entries(folder)) == 1
 
 
 def test_what_the_cache_does_not_support_is_refused(base: str, tokenizer: Any, tmp_path: Path) -> None:
