@@ -1,5 +1,6 @@
 """A filter as a reward: a penalty for responses that match a rule."""
 
+import logging
 from collections.abc import Sequence
 
 from torch import nn
@@ -9,9 +10,11 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.filtering.filter import Filter, FilterRules
 from rlhf_lightning.filtering.rows import message_texts
 from rlhf_lightning.filtering.rule_file import read_rules
-from rlhf_lightning.filtering.rules import FilterText
+from rlhf_lightning.filtering.rules import FilterText, Terms
 from rlhf_lightning.rewards.base import Reward, check_finite
-from rlhf_lightning.types import Episode
+from rlhf_lightning.types import Episode, Row
+
+log = logging.getLogger(__name__)
 
 
 class FilterReward(Reward):
@@ -43,6 +46,22 @@ class FilterReward(Reward):
         self.rules, self.penalty = read_rules(rules), penalty
         if taken := {"filtered", "marked"} & {rule.name for rule in self.rules.rules}:
             raise ConfigError(f"{rules}: a rule has the name {min(taken)!r}, which is that of a metric; rename it")
+
+    def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
+        """Warn of terms that no response can contain. The file may be for data, too, so they are not refused."""
+        if rows:
+            return  # the terms do not depend on rows
+        for rule in self.rules.rules:
+            for term in rule.all_terms() if isinstance(rule, Terms) else ():
+                if found := next((text for text in texts if text.lower() in term.lower()), None):
+                    log.warning(
+                        "The reward %s: the term %r of the rule %s matches no response, because %r is removed from "
+                        "responses before they are checked",
+                        self.name,
+                        term,
+                        rule.name,
+                        found,
+                    )
 
     def build(self, renderer: Renderer) -> "FilterScores":
         return FilterScores(self, self.rules, self.rules.build())

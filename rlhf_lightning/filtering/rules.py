@@ -183,7 +183,7 @@ class Terms(Rule):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        terms = [*self.terms, *self._lines()]
+        terms = self.all_terms()
         self.require(bool(terms), "it has no terms; give terms, or a file with a term on each line")
         for term in terms:
             self.require(
@@ -199,6 +199,10 @@ class Terms(Rule):
     def files(self) -> list[Path]:
         return [Path(self.file).expanduser()] if self.file else []
 
+    def all_terms(self) -> list[str]:
+        """The terms, with those of the file."""
+        return [*self.terms, *self._lines()]
+
     def _lines(self) -> list[str]:
         for path in self.files:
             try:
@@ -210,7 +214,7 @@ class Terms(Rule):
 
     def build(self) -> Matcher:
         normalizer = self._normalizer
-        terms = [normalizer.normalized(term).strip() for term in [*self.terms, *self._lines()]]
+        terms = [normalizer.normalized(term).strip() for term in self.all_terms()]
         index = TermIndex(terms, self.whole_words)
 
         def find(texts: Sequence[FilterText]) -> list[list[Found]]:

@@ -148,7 +148,9 @@ def test_a_run_has_the_counts_in_its_records_and_is_not_resumed_with_other_rules
     assert "the rules of data.filter" in mistake(args, capsys)
 
 
-def test_reward_is_the_penalty_of_responses_that_are_dropped(rules: str, tokenizer: Any) -> None:
+def test_reward_is_the_penalty_of_responses_that_are_dropped(
+    rules: str, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     from rlhf_lightning.data.rendering import Renderer
 
     def episode(*answers: str) -> Episode:
@@ -162,3 +164,6 @@ def test_reward_is_the_penalty_of_responses_that_are_dropped(rules: str, tokeniz
     assert [one.details["filter_filtered"] for one in episodes] == [0, 1, 0]
     with pytest.raises(ConfigError, match="below 0"):
         FilterReward(rules, penalty=1.0)
+    Path(rules).write_text("rules: {call: {terms: ['a <|im_end|>']}}")
+    RewardTerm(FilterReward(rules), Renderer(tokenizer))
+    assert "the term 'a <|im_end|>' of the rule call matches no response" in caplog.text
