@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS := $(VENV)/.docs-installed
 
-.PHONY: quickstart test test-slow test-processors test-lowest test-vllm test-browser lint format docs clean
+.PHONY: quickstart test test-slow test-processors test-lowest test-vllm test-deepspeed test-browser lint format docs clean
 
 quickstart: $(STAMP)
 	$(BIN)/rlhf quickstart $(ARGS)
@@ -34,6 +34,10 @@ test-lowest: $(STAMP)
 test-vllm: $(STAMP)
 	# The tests of sampling engines with vLLM on a CPU, in its own environment (3 GB).
 	$(BIN)/python -m tests.vllm --report benchmarks/results/vllm.txt $(ARGS)
+
+test-deepspeed: $(STAMP)
+	# The tests of DeepSpeed on two CPU processes, in its own environment (2 GB).
+	$(BIN)/python -m tests.zero --report benchmarks/results/deepspeed.txt $(ARGS)
 
 test-browser: $(STAMP)
 	# The page of `rlhf label` in the Chromium that is on the path.

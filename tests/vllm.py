@@ -9,17 +9,14 @@ ran.
 
 import argparse
 import os
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
-from datetime import UTC, datetime
 from pathlib import Path
-from xml.etree import ElementTree
 
-from rlhf_lightning.checkpointing.provenance import processor
+from tests.helpers.reports import outcomes, write_report
 from tests.processors import ROOT
 
 FOLDER = ROOT / ".venv-vllm"
@@ -45,23 +42,6 @@ def install() -> None:
     broken = [name for name in UNUSABLE if subprocess.run([PYTHON, "-c", f"import {name}"], check=False).returncode]
     if broken:
         subprocess.run([PYTHON, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
-
-
-def versions(python: Path) -> str:
-    """Python and the libraries of the environment of an interpreter."""
-    code = "import sys, importlib.metadata as m; print(sys.version.split()[0], *map(m.version, sys.argv[1:]))"
-    found = subprocess.check_output([python, "-c", code, *NAMES], text=True).split()
-    return ", ".join(f"{name} {version}" for name, version in zip(("python", *NAMES), found, strict=True))
-
-
-def outcomes(result: Path) -> dict[str, str]:
-    """Outcome of each test, by its name, from pytest's XML report."""
-    found = {}
-    for case in ElementTree.parse(result).getroot()[0]:
-        tags = {child.tag for child in case}
-        outcome = "failed" if tags & {"failure", "error"} else "skipped" if "skipped" in tags else "passed"
-        found[f"{case.get('classname')}::{case.get('name')}"] = outcome
-    return found
 
 
 def table(found: dict[str, str]) -> str:
@@ -94,11 +74,8 @@ def main() -> None:
             [*command, f"--junitxml={result}", *(arguments or ["tests/generation"])], cwd=ROOT, env=environment
         )
         found = outcomes(result)
-    machine = f"{processor()}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
-    lines = [f"{machine}; {datetime.now(UTC):%Y-%m-%d}", versions(python), ""]
-    lines += [f"{outcome}: {name}" for name, outcome in found.items()]
     if options.report:
-        options.report.write_text("\n".join(lines) + "\n")
+        write_report(options.report, found, python, NAMES)
     if not arguments:
         before, rest = PAGE.read_text().split(MARKS[0])
         PAGE.write_text(before + MARKS[0] + table(found) + MARKS[1] + rest.split(MARKS[1])[1])

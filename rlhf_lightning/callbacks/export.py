@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from rlhf_lightning.checkpointing.best import BestUnderKL
 from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
+from rlhf_lightning.checkpointing.deepspeed_strategy import DeepSpeed
 from rlhf_lightning.checkpointing.nonfinite import NonFiniteGuard, require_finite
 from rlhf_lightning.checkpointing.provenance import commit, environment, versions
 from rlhf_lightning.checkpointing.strategies import FSDP2
@@ -92,8 +93,7 @@ class ExportModel(pl.Callback):
                 f"--export best: no checkpoint was saved for {saver.monitor}{limit}; validate at least once{limit}. "
                 "The run itself is intact: the same command with --export last exports its last weights."
             )
-        if is_sharded(pl_module.model):
-            assert isinstance(trainer.strategy, FSDP2)
+        if isinstance(trainer.strategy, FSDP2 | DeepSpeed):
             trainer.strategy.load_weights(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]

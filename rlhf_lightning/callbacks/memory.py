@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import lightning.pytorch as pl
 import torch
 
+from rlhf_lightning.checkpointing.deepspeed_strategy import DeepSpeed
 from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.preference_rows import PreferenceExample
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
@@ -201,6 +202,8 @@ class MemoryEstimate(pl.Callback):
     """
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(trainer.strategy, DeepSpeed):
+            return  # its shards and buffers are not known here
         if not isinstance(pl_module, RLHFModule) or (sizes := step_sizes(trainer, pl_module)) is None:
             return
         self.estimate = estimate_memory(pl_module, *sizes)

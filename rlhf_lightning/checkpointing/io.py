@@ -212,8 +212,8 @@ class Unfinished:
 
     def finish(self) -> None:
         """Write the checksums of all files, sync the files to disk, and rename the folder to its target."""
-        files = [path for path in sorted(self.scratch.iterdir()) if path.is_file()]
-        write_json(self.scratch / CHECKSUMS, {path.name: _checksum(path) for path in files})
+        files = [path for path in sorted(self.scratch.rglob("*")) if path.is_file()]
+        write_json(self.scratch / CHECKSUMS, {str(path.relative_to(self.scratch)): _checksum(path) for path in files})
         for path in files:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

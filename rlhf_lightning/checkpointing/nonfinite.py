@@ -77,7 +77,7 @@ class NonFiniteGuard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        gradients = [] if scaled else [gradient for gradient in local_gradients(pl_module) if gradient.numel()]
+        gradients = [] if scaled else [gradient for gradient in local_gradients(trainer, pl_module) if gradient.numel()]
         losses = torch.stack([loss.float() for _, loss in self._window])
         largest = _largest(gradients).to(losses.device)
         fine = bool(torch.isfinite(losses).all() & torch.isfinite(largest))
@@ -151,13 +151,20 @@ def _rows(batch: "StepBatch | None") -> list[str]:
 
 def non_finite(module: nn.Module) -> list[str]:
     """Names of the trained weights that contain NaN or infinity."""
-    named = [(name, p.detach()) for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad and p.is_floating_point()]
     if not named:
         return []
     device = named[0][1].device
     # One flag per weight, copied to the host in one transfer.
-    flags = torch.stack([torch.isfinite(getattr(p, "_local_tensor", p)).all().to(device) for _, p in named]).tolist()
+    flags = torch.stack([torch.isfinite(_local(p)).all().to(device) for _, p in named]).tolist()
     return [name for (name, _), fine in zip(named, flags, strict=True) if not fine]
+
+
+def _local(weight: nn.Parameter) -> Tensor:
+    """This rank's shard of a weight that is sharded by FSDP2 or DeepSpeed; otherwise all of it."""
+    shard = getattr(weight.detach(), "_local_tensor", getattr(weight, "ds_tensor", weight))
+    assert isinstance(shard, Tensor)
+    return shard.detach()
 
 
 def require_finite(module: nn.Module, when: str, consequence: str) -> None:

@@ -13,7 +13,8 @@ import yaml
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 
-import rlhf_lightning.checkpointing.strategies  # noqa: F401 - registers `--trainer.strategy fsdp2`
+import rlhf_lightning.checkpointing.deepspeed_strategy
+import rlhf_lightning.checkpointing.strategies  # noqa: F401 - these two register `--trainer.strategy zero2` and `fsdp2`
 from rlhf_lightning.checkpointing.forked_ranks import make_forked_ranks_stoppable
 from rlhf_lightning.checkpointing.io import candidates, newest_whole, remove
 from rlhf_lightning.cli.data_record import RECORD, check_data_record

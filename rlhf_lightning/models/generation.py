@@ -9,6 +9,7 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import read_object
 from rlhf_lightning.models.loading import adapter_base, is_adapter, loading
 from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.sharding import full_shape
 from rlhf_lightning.types import JSON, Tokenizer
 
 log = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def end_token_ids(source: nn.Module | str | Path, tokenizer: Tokenizer | None = 
     """
     if isinstance(source, nn.Module):
         model = base_of(source)
-        rows = model.get_input_embeddings().weight.shape[0] if hasattr(model, "get_input_embeddings") else 0
+        rows = full_shape(model.get_input_embeddings().weight)[0] if hasattr(model, "get_input_embeddings") else 0
         config = getattr(model, "generation_config", None)
         return _checked(getattr(config, "eos_token_id", None), rows, tokenizer, "the model's generation_config")
     folder = Path(str(source)).expanduser()

@@ -1,12 +1,12 @@
-"""Models whose weights are sharded over ranks (FSDP2).
+"""Models whose weights are sharded over ranks: by FSDP2, or by DeepSpeed (ZeRO-3).
 
 A sharded model gathers the weights of each layer from all ranks when it runs, so all ranks must run it equally often.
 They agree on the number of calls in advance (`max_over_ranks`), gather the whole model temporarily (`unsharded`), or
 synchronize every call (`SynchronizedCalls`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeGuard, TypeVar
@@ -20,6 +20,7 @@ from rlhf_lightning.models.tensor_parallel import parallelize
 P = ParamSpec("P")
 R = TypeVar("R")
 if TYPE_CHECKING:
+    from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from torch.distributed.device_mesh import DeviceMesh
 
     class ShardedModel(nn.Module):
@@ -72,7 +73,84 @@ def _call(model: nn.Module, function: Callable[[], R]) -> R:
     return function()
 
 
-def is_sharded(model: nn.Module) -> "TypeGuard[ShardedModel]":
+class ZeRO3:
+    """Weights that DeepSpeed shards over ranks. Without `gathered`, each weight is empty outside of its module's call.
+
+    DeepSpeed gathers the weights of a module when it is called, and only within a step of training those that are used
+    otherwise, such as the head's.
+
+    Args:
+        module: The trained module, with all models in it.
+        offload: DeepSpeed's hooks of the module.
+    """
+
+    def __init__(self, module: nn.Module, offload: "DeepSpeedZeRoOffload") -> None:
+        self.module, self._offload, self.is_whole = module, offload, False
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Context manager in which every rank holds all weights of the module, as if they were not sharded.
+
+        All ranks must enter it together. Within it, weights must not change.
+        """
+        if self.is_whole:
+            yield
+            return
+        from deepspeed.runtime.zero import GatheredParameters
+
+        # Otherwise a layer would release its weights after its first call. DeepSpeed has no public function for it; TRL
+        # and DeepSpeed-Chat do the same.
+        weights = list(self.module.parameters())
+        for weight in weights:
+            weight.ds_active_sub_modules.clear()  # type: ignore[attr-defined]
+        for hook in (*self._offload.forward_hooks, *self._offload.backward_hooks):
+            hook.remove()
+        self._offload.forward_hooks, self._offload.backward_hooks = [], []
+        with GatheredParameters(weights):
+            self.is_whole = True
+            try:
+                yield
+            finally:
+                self.is_whole = False
+        self._offload._register_deepspeed_module(self._offload.module)
+
+
+def use_zero3(module: nn.Module, models: Iterable[nn.Module], offload: "DeepSpeedZeRoOffload") -> ZeRO3:
+    """Record that DeepSpeed shards the weights of a module, and of the models in it.
+
+    Args:
+        module: The trained module.
+        models: Models in it, which `is_sharded` is asked about.
+        offload: DeepSpeed's hooks of the module.
+    """
+    zero3 = ZeRO3(module, offload)
+    for model in models:
+        model.zero3 = zero3  # type: ignore[assignment]
+    return zero3
+
+
+def zero3_of(model: nn.Module) -> ZeRO3 | None:
+    """The sharding of a model by DeepSpeed (ZeRO-3), if there is one."""
+    found = getattr(model, "zero3", None)
+    return found if isinstance(found, ZeRO3) else None
+
+
+def zero3_gathered(model: nn.Module) -> AbstractContextManager[None]:
+    """Context manager in which all weights of the module are gathered on every rank, if DeepSpeed shards them.
+
+    All ranks must enter it together. Within it, weights must not change. It may be nested.
+    """
+    zero3 = zero3_of(model)
+    return nullcontext() if zero3 is None else zero3.gathered()
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """True if the model's weights are sharded, and not gathered at present by `ZeRO3.gathered`."""
+    zero3 = zero3_of(model)
+    return uses_fsdp(model) if zero3 is None else not zero3.is_whole
+
+
+def uses_fsdp(model: nn.Module) -> "TypeGuard[ShardedModel]":
     """True if `shard` was called on the model."""
     return hasattr(model, "run_inside")
 
@@ -81,8 +159,9 @@ def run_unsharded(model: nn.Module, function: Callable[P, R], *args: P.args, **k
     """Call a function that uses submodules of `model` directly, such as its decoder or its head.
 
     FSDP gathers the weights outside the layers only if the model is called through a registered method, as done here.
+    DeepSpeed gathers each weight when it is used.
     """
-    if not is_sharded(model) or model.inside:
+    if not uses_fsdp(model) or model.inside:
         return function(*args, **kwargs)
     model.inside = True
     try:
@@ -92,8 +171,8 @@ def run_unsharded(model: nn.Module, function: Callable[P, R], *args: P.args, **k
 
 
 def runs_unsharded(model: nn.Module) -> bool:
-    """True within `run_unsharded`, in which the weights outside the layers of a sharded model are gathered."""
-    return is_sharded(model) and model.inside
+    """True within a forward pass of a sharded model: no other backward pass may run in it."""
+    return model.inside if uses_fsdp(model) else is_sharded(model)
 
 
 # -- synchronization ----------------------------------------------------------------------------------------------
@@ -208,6 +287,12 @@ def unsharded_or_synchronized(
 # -- weights ------------------------------------------------------------------------------------------------------
 
 
+def full_shape(weight: Tensor) -> torch.Size:
+    """The shape of a weight as if it were not sharded; one that DeepSpeed shards is empty itself."""
+    shape: torch.Size = getattr(weight, "ds_shape", weight.shape)
+    return shape
+
+
 def full_tensor(value: Tensor) -> Tensor:
     """Gather a tensor from all ranks if it is sharded; all ranks must call this."""
     return value.full_tensor() if hasattr(value, "full_tensor") else value
@@ -225,8 +310,8 @@ def copy_weight(weight: Tensor, value: Tensor) -> None:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor] | None:
-    """Gather the state dict of a sharded model on the CPU of rank 0; empty on other ranks, None if not sharded."""
-    if not is_sharded(model):
+    """Gather the state dict of a model on the CPU of rank 0; empty on other ranks, None if FSDP2 does not shard it."""
+    if not uses_fsdp(model):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

@@ -36,7 +36,7 @@ from rlhf_lightning.models.offload import ActivationOffload
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.precision import cast_weights_only, weights_alone
 from rlhf_lightning.models.saving import save_model
-from rlhf_lightning.models.sharding import full_state_dict, shard
+from rlhf_lightning.models.sharding import full_shape, full_state_dict, shard, zero3_gathered, zero3_of
 from rlhf_lightning.modules.callback_checks import check_accumulation, check_callbacks
 from rlhf_lightning.modules.epochs import end_restored_epoch
 from rlhf_lightning.modules.hf_batches import Columns, fitted, refuse_other_names
@@ -388,7 +388,8 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         if (windows := self.trainer.accumulate_grad_batches) < 1:
             raise ConfigError(f"trainer.accumulate_grad_batches is {windows}; it must be at least 1")
         if longest := self.longest_row():
-            self.packed_forward.check(longest)
+            with zero3_gathered(self.model):
+                self.packed_forward.check(longest)
         # Recorded now, because the module may later be evaluated on rows that are rendered differently.
         self._renderer_is_open, self._trained_with = True, None
         self._trained_with = self.rendering()
@@ -426,7 +427,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         if type(self).training_step.__module__.startswith("rlhf_lightning."):  # a user's own step may read any key
             refuse_other_names(batch, getattr(self, "_wanted", ()))
         embedding = None if self.model is None else self.model.get_input_embeddings()
-        return fitted(batch, self._tokenizer, None if embedding is None else embedding.weight.shape[0])
+        return fitted(batch, self._tokenizer, None if embedding is None else full_shape(embedding.weight)[0])
 
     def on_train_end(self) -> None:
         self.warn_unseen_validation()
@@ -531,13 +532,14 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
             resumes = self._trainer is not None and self._trainer.state.fn == "fit"
             check_content(self, checkpoint, resumes)
 
-    def check_names(self, found: set[str]) -> None:
+    def check_names(self, found: set[str], wanted: set[str] | None = None) -> None:
         """Raise `ConfigError` if a checkpoint does not contain exactly the trained weights.
 
         Args:
             found: Names of the weights in the checkpoint.
+            wanted: Names that it must have; by default those of `state_dict`.
         """
-        wanted = set(self.state_dict())
+        wanted = set(self.state_dict()) if wanted is None else wanted
         if wanted != found:
             example = sorted(wanted ^ found)[0]
             raise ConfigError(
@@ -555,15 +557,19 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
             folder: The folder to write.
         """
         self.configure_model()
-        weights = full_state_dict(self.model)
-        if weights is None or self.global_rank == 0:
-            kept, rows = self._below
-            kept = kept and rows == self.model.get_input_embeddings().weight.shape[0]
-            facts, rendering = self.stage_facts(), self.rendering()
-            stop = (*self.renderer.stop_strings, *rendering["stop"])
-            template = self.renderer.template if self.task == "SEQ_CLS" and self.renderer.format == "chat" else None
-            stops = rendering["stop_token_ids"]
-            save_model(self.model, self.tokenizer, Path(folder), stops, weights, kept, facts, stop, template)
+        with zero3_gathered(self.model):
+            weights = full_state_dict(self.model)
+            if (weights is None and zero3_of(self.model) is None) or self.global_rank == 0:
+                self._write_folder(Path(folder), weights)
+
+    def _write_folder(self, folder: Path, weights: dict[str, Tensor] | None) -> None:
+        kept, rows = self._below
+        kept = kept and rows == self.model.get_input_embeddings().weight.shape[0]
+        facts, rendering = self.stage_facts(), self.rendering()
+        stop = (*self.renderer.stop_strings, *rendering["stop"])
+        template = self.renderer.template if self.task == "SEQ_CLS" and self.renderer.format == "chat" else None
+        stops = rendering["stop_token_ids"]
+        save_model(self.model, self.tokenizer, folder, stops, weights, kept, facts, stop, template)
 
     def stage_facts(self) -> "dict[str, JSON]":
         """Facts about the module that `stage.json` records."""

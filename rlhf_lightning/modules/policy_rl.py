@@ -1,8 +1,8 @@
 """Policy RL: rollouts, rewards, advantages, and a policy loss on the sampled tokens."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
@@ -29,6 +29,7 @@ from rlhf_lightning.models.memory import trained
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.reference import Reference, load_reference
 from rlhf_lightning.models.scorers import padded_batches
+from rlhf_lightning.models.sharding import zero3_gathered
 from rlhf_lightning.models.token_logprobs import TokenLogprobs, TokenLogprobsOutput
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.data_answers import answer_episode, check_answers, split_prompts
@@ -740,9 +741,15 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         """Episodes of the last round, on this rank."""
         return self.collector.episodes
 
-    def sampling_context(self) -> AbstractContextManager[None]:
-        """Context manager for the precision of training, so that sampler and trainer agree on log-probabilities."""
-        return nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+    @contextmanager
+    def sampling_context(self) -> Iterator[None]:
+        """Context manager for the precision of training, so that sampler and trainer agree on log-probabilities.
+
+        Weights that DeepSpeed shards (ZeRO-3) are gathered in it, so all ranks must enter it together.
+        """
+        precision = nullcontext() if self._trainer is None else self.trainer.precision_plugin.forward_context()
+        with zero3_gathered(self), precision:
+            yield
 
     def recorded_episode(self, data: "Row") -> list[Recorded]:
         """Read and check a row of recorded episodes."""

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
@@ -211,13 +211,31 @@ def _has_gradient(trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
 
     Only called if the module's own loss trained no token.
     """
-    gradients = local_gradients(pl_module)
+    gradients = local_gradients(trainer, pl_module)
     nonzero = bool(torch.stack([gradient.count_nonzero() for gradient in gradients]).any()) if gradients else False
     return trainer.strategy.reduce_boolean_decision(nonzero, all=False)
 
 
-def local_gradients(module: nn.Module) -> list[Tensor]:
-    """The gradients of a module's weights; for sharded weights, this rank's shards, which may be empty."""
+@runtime_checkable
+class HoldsGradients(Protocol):
+    """A strategy that keeps gradients outside of the parameters' `grad`."""
+
+    def local_gradients(self) -> list[Tensor]:
+        """This rank's shards of the gradients."""
+
+    def drop_gradients(self) -> None:
+        """Make the optimizer step that follows change neither weights nor optimizer state."""
+
+
+def local_gradients(trainer: pl.Trainer, module: nn.Module) -> list[Tensor]:
+    """The gradients of a module's weights; if they are sharded, this rank's shards, which may be empty.
+
+    Args:
+        trainer: The Trainer, before an optimizer step.
+        module: The module.
+    """
+    if isinstance(trainer.strategy, HoldsGradients):
+        return trainer.strategy.local_gradients()
     return [getattr(p.grad, "_local_tensor", p.grad) for p in module.parameters() if p.grad is not None]
 
 
@@ -228,6 +246,9 @@ def drop_gradients(trainer: pl.Trainer, optimizer: Optimizer) -> None:
         trainer: The Trainer.
         optimizer: The optimizer, before its step.
     """
+    if isinstance(trainer.strategy, HoldsGradients):
+        trainer.strategy.drop_gradients()
+        return
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
         scaler.unscale_(optimizer)  # this optimizer unscales in its step, and the scaler checks afterwards that it did

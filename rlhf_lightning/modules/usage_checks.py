@@ -8,6 +8,7 @@ from typing import IO, TYPE_CHECKING, Any, Self
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS, TRAIN_DATALOADERS
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +18,7 @@ from rlhf_lightning.errors import ConfigError, check_object, check_whole
 from rlhf_lightning.files import is_model_folder
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.memory import OptimizerFactory
+from rlhf_lightning.modules.step import HoldsGradients
 from rlhf_lightning.modules.trainer_state import is_trial, row_data_of
 from rlhf_lightning.settings import NotPlain, Settings, UnknownClass, describe, rebuild
 
@@ -163,6 +165,12 @@ class CheckedModule(Settings, pl.LightningModule):
         data, wanted = row_data_of(self.trainer), DATA.get(self.stage_kind)
         if stage == "fit" and wanted and data and data.stage_kind not in ("", self.stage_kind):
             raise ConfigError(f"{type(data).__name__} is for another stage; {type(self).__name__} needs {wanted}")
+        strategy = self.trainer.strategy
+        if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy, HoldsGradients):
+            raise ConfigError(
+                f"trainer.strategy is Lightning's {type(strategy).__name__}, with which skipped steps and incomplete "
+                "windows of accumulate_grad_batches would change the weights; use zero2 or zero3 (docs/many-gpus.md)"
+            )
         every = self.trainer.val_check_interval
         if stage == "fit" and isinstance(every, int | float) and every <= 0:
             raise ConfigError(

@@ -15,10 +15,12 @@ import yaml
 from safetensors.torch import load_file
 
 from rlhf_lightning.callbacks.export import ExportModel
+from rlhf_lightning.checkpointing.deepspeed_strategy import DeepSpeed
 from rlhf_lightning.checkpointing.strategies import FSDP2, _contents
 from rlhf_lightning.data.prompts import PromptDataModule
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.environments.base import StepResult
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import FORMAT
 from rlhf_lightning.generation.sampler import Sampler
 from tests.helpers.environments import PromptEnv
@@ -91,6 +93,12 @@ def test_sharded_head_keeps_its_dtype(base: str, tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model" / "model.safetensors")
     assert weights.pop("score.weight").dtype == torch.float32
     assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+
+
+def test_missing_deepspeed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_lightning.checkpointing.deepspeed_strategy._DEEPSPEED_AVAILABLE", False)
+    with pytest.raises(ConfigError, match=r"rlhf-lightning\[deepspeed\]"):
+        DeepSpeed(stage=3)
 
 
 # -- commands ---------------------------------------------------------------------------------------------------------
