@@ -123,7 +123,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a turn")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--trl-huge-pages", action="store_true", help="THP_MEM_ALLOC_ENABLE=1 for TRL as well")
+    parser.add_argument("--trl-huge-pages", action="store_true", help="large pages and kept memory for TRL as well")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of seconds, on a shared machine")
     parser.add_argument("--no-memory", action="store_true")
     parser.add_argument("--no-growth", action="store_true")

@@ -77,6 +77,27 @@ def along() -> str:
     return "\n\n".join(sizes.table(axis, read("sizes")) for axis in sizes.AXES)
 
 
+MUST = {"sft": 2.5, "reward": 2.0, "dpo": 3.5, "rl": 3.5, "generate": 2.5}
+"""Target of the ratio for each step."""
+
+
+def best() -> str:
+    """Each side in its faster precision and micro-batch, among those measured by CPU time."""
+    lines = ["| model, precisions measured | step | ours | TRL | ratio | target |", "|---" * 6 + "|"]
+    for size in ("5m", "40m", "135m"):
+        found = {name: RESULTS / f"step-{size}-{name}.json" for name in ("bf16", "f32")}
+        reports = {name: read(path.stem)["tasks"] for name, path in found.items() if path.is_file()}
+        model = f"{size.upper()}, {' and '.join(reports)}"
+        for task, target in MUST.items() if reports else ():
+            ours, theirs = (
+                min((tasks[task][key], name) for name, tasks in reports.items() for key in keys if tasks[task][key])
+                for keys in (("ours",), ("trl_whole_batch", "trl_fastest"))
+            )
+            times = " | ".join(f"{seconds:.2f} s ({name})" for seconds, name in (ours, theirs))
+            lines.append(f"| {model} | {task} | {times} | {theirs[0] / ours[0]:.1f} | {target} |")
+    return "\n".join(lines)
+
+
 ROWS = {
     "sft": "SFT, 16 conversations",
     "reward": "reward model, 16 pairs",
@@ -100,6 +121,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "README.md": {
         "summary": table,
         "steps": lambda: step.table(read("step-5m")),
+        "best": best,
         "low precision": lambda: step.table(read("step-5m-bf16")),
         "sizes": along,
     },

@@ -40,6 +40,7 @@ class Side:
         }
         if huge_pages:
             environment["THP_MEM_ALLOC_ENABLE"] = "1"
+            environment["GLIBC_TUNABLES"] = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.steps.worker", name, str(folder), settings],
             stdin=subprocess.PIPE,
