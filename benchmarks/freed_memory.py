@@ -25,7 +25,7 @@ from rlhf_lightning.cli.main import keep_freed_memory
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "freed_memory.json"
 BEGIN, END = "<!-- begin: python -m benchmarks.freed_memory -->", "<!-- end: python -m benchmarks.freed_memory -->"
-CASES = ("5m sft", "40m sft", "5m rl", "5m dpo")
+CASES = ("5m sft", "40m sft")
 TURNS, STEPS = 2, 3
 
 
