@@ -124,6 +124,7 @@ class ApiServer:
         body = await read_body(request, "application/json", BODY)
         try:
             value: JSON = json.loads(body)
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is not valid JSON ({first_line(error)})") from None
         asked = read(value)
