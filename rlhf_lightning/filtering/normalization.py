@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import regex
 
-_IGNORED = regex.compile(r"[\p{Default_Ignorable_Code_Point}\p{Cc}]")
+_IGNORED = regex.compile(r"[\p{Default_Ignorable_Code_Point}[\p{Cc}--\s]]", regex.V1)
 """Characters without a shape (zero width, soft hyphen, direction marks, variation selectors) and control characters."""
+_SPACE = regex.compile(r"\s+")
 _PIECE = regex.compile(r"\s+|[\x21-\x7e]+(?=[\x00-\x7f]|\Z)|\X")
 """White space, ASCII text, or a character with its combining marks; normal forms do not reach across these pieces."""
 
@@ -35,6 +36,9 @@ class Normalizer:
     def normalized(self, text: str) -> str:
         """The form of a text."""
         kept, _ = _visible(text)
+        if kept.isascii():  # most texts; the result is that of the pieces
+            kept = kept.lower() if self.fold_case else kept
+            return _SPACE.sub(" ", kept) if self.join_space else kept
         return "".join(piece for _, _, piece in self._pieces(kept))
 
     def span(self, text: str, start: int, end: int) -> tuple[int, int]:
@@ -84,5 +88,5 @@ def _visible(text: str) -> tuple[str, list[int] | None]:
     """A text without invisible characters, and the places of its characters; None if nothing was removed."""
     if not _IGNORED.search(text):
         return text, None
-    places = [i for i, character in enumerate(text) if character.isspace() or not _IGNORED.match(character)]
+    places = [i for i, character in enumerate(text) if not _IGNORED.match(character)]
     return "".join(text[i] for i in places), places

@@ -6,8 +6,11 @@ from collections.abc import Iterable
 
 import regex
 
-_UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]")
+_SCRIPTS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
+_UNSPACED = regex.compile(_SCRIPTS)
 """Characters of scripts without spaces between words."""
+_WORD = regex.compile(rf"[[\p{{L}}\p{{M}}\p{{N}}]--{_SCRIPTS}]+", regex.V1)
+"""A word of the other scripts."""
 
 
 class TermIndex:
@@ -28,7 +31,10 @@ class TermIndex:
         self._next: list[dict[str, int]] = [{}]
         self._lengths: list[list[int]] = [[]]
         """For each state, the lengths of the terms that end there."""
+        words: set[str | None] = set()
         for term in terms:
+            first = _WORD.search(term)
+            words.add(first.group() if first and whole_words else None)
             state = 0
             for character in term:
                 if character not in self._next[state]:
@@ -38,6 +44,8 @@ class TermIndex:
                 state = self._next[state][character]
             if len(term) not in self._lengths[state]:
                 self._lengths[state].append(len(term))
+        self._words = None if None in words else words
+        """The first word of each term: a text without any of them has no term. None if a term has no word."""
         self._fallback = [0] * len(self._next)
         """For each state, that of the longest proper suffix of its characters that also begins a term."""
         waiting = deque(self._next[0].values())
@@ -55,6 +63,8 @@ class TermIndex:
 
     def find(self, text: str) -> list[tuple[int, int]]:
         """Start and end of each term in a text, in order; of overlapping terms the first, and of these the longest."""
+        if self._words is not None and self._words.isdisjoint(_WORD.findall(text)):
+            return []
         found: list[tuple[int, int]] = []
         state = 0
         for place, character in enumerate(text):

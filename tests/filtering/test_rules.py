@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,36 @@ def test_index_finds_what_a_search_for_each_term_finds() -> None:
                 end = start + max(len(term) for term in terms if text.startswith(term, start))
                 wanted.append((start, end))
         assert TermIndex(terms, whole_words=False).find(text) == wanted, (terms, text)
+
+
+def test_whole_words_are_those_of_lookarounds() -> None:
+    generator = torch.Generator().manual_seed(1)
+    letter = "[ab0]"  # 的 is a letter of a script without spaces, so that it limits words
+
+    def word(longest: int) -> str:
+        size = int(torch.randint(1, longest, (1,), generator=generator))
+        return "".join("ab0 .的"[i] for i in torch.randint(0, 6, (size,), generator=generator).tolist()).strip() or "a"
+
+    found = 0
+    for _ in range(300):
+        term, text = word(4), word(30)
+        before = f"(?<!{letter})" if re.match(letter, term) else ""
+        after = f"(?!{letter})" if re.match(letter, term[-1]) else ""
+        wanted = [match.span() for match in re.finditer(before + re.escape(term) + after, text)]
+        assert TermIndex([term]).find(text) == wanted, (term, text)
+        found += len(wanted)
+    assert found > 100
+
+
+def test_ascii_has_the_form_of_its_pieces() -> None:
+    text = "A b\t\n C\x0b\x1cd\r\n e  "
+    for fold_case in (True, False):
+        for join_space in (True, False):
+            normalizer = Normalizer(fold_case, join_space)
+            whole = normalizer.normalized(text)
+            assert whole == normalizer.normalized(text + "\u00e9")[:-1]
+            begin, end = normalizer.span(text, 0, len(whole))
+            assert (begin, end) == (0, len(text))
 
 
 def test_parts_of_a_normalized_text_lead_back_to_the_original() -> None:
