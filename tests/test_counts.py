@@ -187,7 +187,7 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+        inputs = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor) and not a.is_mkldnn}
         if isinstance(out, torch.Tensor):
             bytes_written = out.numel() * out.element_size()
             fresh = out.untyped_storage().data_ptr() not in inputs or "copy_" in str(func)

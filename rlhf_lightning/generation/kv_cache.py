@@ -1,5 +1,6 @@
 """KV cache for decoding: preallocated buffers with one slot per row, written in place."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,10 +64,12 @@ class SlotLayer(CacheLayerMixin):
         device, dtype = key_states.device, key_states.dtype
         if torch.is_autocast_enabled(device.type) and dtype == torch.float32:
             dtype = torch.get_autocast_dtype(device.type)  # attention would cast them to this in every step
-        self.keys, self.values = (
-            states.new_zeros(self.kv_cache.count, states.shape[1], self.kv_cache.capacity, states.shape[3], dtype=dtype)
-            for states in (key_states, value_states)
-        )
+        shape = self.kv_cache.count, key_states.shape[1], self.kv_cache.capacity
+        self.values = value_states.new_zeros(*shape, value_states.shape[3], dtype=dtype)
+        if self.kv_cache.transposed:
+            self.keys = key_states.new_zeros(*shape[:2], key_states.shape[3], shape[2], dtype=dtype).transpose(2, 3)
+        else:
+            self.keys = key_states.new_zeros(*shape, key_states.shape[3], dtype=dtype)
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -81,6 +84,14 @@ class SlotLayer(CacheLayerMixin):
         self.keys[kv_cache.numbers, :, kv_cache.positions] = key_states[:, :, 0].to(self.keys.dtype)
         self.values[kv_cache.numbers, :, kv_cache.positions] = value_states[:, :, 0].to(self.values.dtype)
         return self.keys[:, :, : kv_cache.width], self.values[:, :, : kv_cache.width]
+
+    def change_slots(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Apply `change` to the first dimension of keys and values; transposed keys are changed as they are stored."""
+        assert self.keys is not None
+        assert self.values is not None
+        transposed = self.kv_cache.transposed
+        self.keys = change(self.keys.transpose(2, 3)).transpose(2, 3) if transposed else change(self.keys)
+        self.values = change(self.values)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.kv_cache.width, 0
@@ -99,6 +110,7 @@ class SlotKVCache:
         layers: Number of layers of the model.
         count: Number of slots.
         device: Where the buffers are.
+        transposed: Store the tokens of a key's component next to each other; `keys` are a view with the usual shape.
 
     Attributes:
         positions: Position of the next token of each slot, `[count]`.
@@ -112,8 +124,8 @@ class SlotKVCache:
         64
     """
 
-    def __init__(self, layers: int, count: int, device: torch.device) -> None:
-        self.count, self.capacity, self.width = count, 0, 0
+    def __init__(self, layers: int, count: int, device: torch.device, transposed: bool = False) -> None:
+        self.count, self.capacity, self.width, self.transposed = count, 0, 0, transposed
         self.numbers = torch.arange(count, device=device)
         self.positions = torch.zeros(count, dtype=torch.long, device=device)
         self.layers = [SlotLayer(self) for _ in range(layers)]
@@ -160,13 +172,11 @@ class SlotKVCache:
         self.positions = F.pad(self.positions, (0, more))
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys, layer.values = (
-                    F.pad(states, (0, 0, 0, 0, 0, 0, 0, more)) for states in (layer.keys, layer.values)
-                )
+                layer.change_slots(lambda states: F.pad(states, (0, 0, 0, 0, 0, 0, 0, more)))
 
     def select(self, kept: Tensor) -> None:
         """Keep only the slots in `kept`, `[n]`, in that order."""
         self.count, self.numbers, self.positions = len(kept), self.numbers[: len(kept)], self.positions[kept]
         for layer in self.layers:
             if layer.is_initialized:
-                layer.keys, layer.values = layer.keys[kept], layer.values[kept]
+                layer.change_slots(lambda states: states[kept])

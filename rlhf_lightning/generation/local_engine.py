@@ -20,6 +20,7 @@ from transformers.cache_utils import Cache
 from rlhf_lightning.distributed import broadcast, safe_point
 from rlhf_lightning.errors import ConfigError, first_line
 from rlhf_lightning.generation.cuda_graphs import GraphedStep
+from rlhf_lightning.generation.fused_decoder import FusedDecoder, supports
 from rlhf_lightning.generation.hf_generate import generate
 from rlhf_lightning.generation.kv_cache import PrefillCache, SlotKVCache
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts, record_token, sample_token, uniforms
@@ -110,6 +111,10 @@ class LocalEngine:
         self.context: int | None = getattr(config, "max_position_embeddings", None)
         self._plain: bool | None = None
         """True if slots reproduce the model's logits, False if it needs its own `generate`; None until checked."""
+        self._fuses = True
+        """False if `FusedDecoder` does not reproduce the model's logits."""
+        self._fused: FusedDecoder | None = None
+        """The decoder with the weights of the present `generate` call; None if the model's own modules run."""
         self.watch = Watch()
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -178,8 +183,23 @@ class LocalEngine:
             if self._plain is None:
                 self._plain = self._check()
             in_slots = self._plain and self.packed_forward.packs
-            with decoding_layers(self.model) if in_slots else nullcontext():
+            with self._prepared() if in_slots else nullcontext():
                 yield in_slots
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        """Context manager in which the decoder is prepared for many steps with the present weights."""
+        if not (self._fuses and supports(self.model)):
+            with decoding_layers(self.model):
+                yield
+            return
+        weight = next(self.model.parameters())
+        autocast = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32
+        self._fused = FusedDecoder(self.model, torch.get_autocast_dtype("cpu") if autocast else weight.dtype)
+        try:
+            yield
+        finally:
+            self._fused = None
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
@@ -250,13 +270,24 @@ class LocalEngine:
     def _prefill(
         self, prompts: Sequence[Sequence[int]], device: torch.device
     ) -> tuple[list[PrefillCache], Tensor, Tensor]:
-        cache = [PrefillCache() for _ in range(self.layers)]
         layout = PackedLayout(_prefixes(prompts), device)
         ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
-        states = self._decoder(ids[None], layout.columns[None], Cache(layers=cache), layout)[0]
         ends = torch.tensor([len(prompt) for prompt in prompts], device=device).cumsum(0)
         starts = ends - torch.tensor([len(prompt) for prompt in prompts], device=device)
-        return cache, starts, self.backbone.logits(states[ends - 1])
+        if self._fused:
+            cache, states = self._fused.prefill(ids, layout, ends - 1)
+        else:
+            cache = [PrefillCache() for _ in range(self.layers)]
+            states = self._decoder(ids[None], layout.columns[None], Cache(layers=cache), layout)[0][ends - 1]
+        return cache, starts, self._logits(states)
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """Logits `[n, V]` of hidden states `[n, H]`, also of those that the fused decoder leaves in float32."""
+        if self._fused and self._fused.head:
+            return self.backbone.adjust(self._fused.head(states))
+        return self.backbone.logits(
+            states if self.backbone.wide_head else states.to(self.backbone.lm_head.weight.dtype)
+        )
 
     def step(self, kv_cache: SlotKVCache, tokens: Tensor) -> Tensor:
         """Feed the last token of every slot.
@@ -271,9 +302,15 @@ class LocalEngine:
         return self._run(self._step, kv_cache, tokens)
 
     def _step(self, kv_cache: SlotKVCache, tokens: Tensor) -> Tensor:
+        if self._fused:
+            return self._logits(self._fused.step(kv_cache, tokens))
         layout = Decoding(kv_cache.positions, kv_cache.width)
         states = self._decoder(tokens[:, None], kv_cache.positions[:, None], kv_cache.cache, layout)[:, -1]
         return self.backbone.logits(states)
+
+    def new_cache(self, slots: int, device: torch.device) -> SlotKVCache:
+        """An empty cache for the decoder that is prepared."""
+        return SlotKVCache(self.layers, slots, device, transposed=self._fused is not None)
 
     def _run(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `function(*args)` with the weights outside the layers gathered, in step with other ranks if needed."""
@@ -302,19 +339,28 @@ class LocalEngine:
 
     def _check(self) -> bool:
         """True if decoding in slots reproduces the model's logits; otherwise log the reason for using `generate`."""
-        reason = "its forward pass cannot be packed"
-        if self.backbone.separable and self.packed_forward.packs:
-            try:
-                difference = self._difference()
-            except FAILURES as error:
-                reason = first_line(error)
-            else:
-                if difference < tolerance(self.model, gradients=False):
-                    return True
-                reason = f"its logits differ by {difference:.1e}"
+        reason: str | None = "its forward pass cannot be packed"
         name = type(base_of(self.model)).__name__
-        log.warning("%s is sampled with its own generate(), because it has no plain KV cache (%s)", name, reason)
-        return False
+        if self.backbone.separable and self.packed_forward.packs:
+            if self._fuses and supports(self.model):
+                self._fused = FusedDecoder(self.model, next(self.model.parameters()).dtype)
+                reason, self._fused = self._failure(), None
+                if reason is None:
+                    return True
+                self._fuses = False
+                log.info("%s is sampled without fused products (%s)", name, reason)
+            reason = self._failure()
+        if reason:
+            log.warning("%s is sampled with its own generate(), because it has no plain KV cache (%s)", name, reason)
+        return reason is None
+
+    def _failure(self) -> str | None:
+        """The reason why decoding in slots does not reproduce the model's logits; None if it does."""
+        try:
+            difference = self._difference()
+        except FAILURES as error:
+            return first_line(error)
+        return None if difference < tolerance(self.model, gradients=False) else f"its logits differ by {difference:.1e}"
 
     def _difference(self) -> float:
         """Relative difference between the logits after two steps in slots and those of a plain forward pass."""
@@ -323,7 +369,7 @@ class LocalEngine:
         lengths, capacity, prime = (4, 7, 10), 16, 7919
         rows = [[(prime * (i + j)) % self.backbone.vocabulary for j in range(n)] for i, n in enumerate(lengths)]
         with torch.autocast(device.type, enabled=False):
-            kv_cache = SlotKVCache(self.layers, len(rows), device)
+            kv_cache = self.new_cache(len(rows), device)
             kv_cache.reserve(capacity, capacity)
             prefilled, starts, _ = self.prefill([row[:-2] for row in rows], device)
             for i, row in enumerate(rows):
@@ -406,7 +452,7 @@ class SlotBatch:
         self.waiting: deque[BatchRow] = deque()
         self.row_of_slot: list[BatchRow | None] = []
         self.device = next(engine.model.parameters()).device
-        self.kv_cache = SlotKVCache(engine.layers, 0, self.device)
+        self.kv_cache = engine.new_cache(0, self.device)
         self.uniforms = torch.zeros(0, 0, device=self.device)
         """Random numbers in [0, 1), one per token of the response in each slot, `[slots, tokens]`."""
         self.tokens = torch.zeros(0, dtype=torch.long, device=self.device)

@@ -218,7 +218,8 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
 
     Sums blocks first, then within one block: a running sum over the whole vocabulary is slower and rounds more.
     """
-    blocks = F.pad(weights, (0, -weights.shape[-1] % BLOCK)).unflatten(-1, (-1, BLOCK))
+    missing = -weights.shape[-1] % BLOCK
+    blocks = (F.pad(weights, (0, missing)) if missing else weights).unflatten(-1, (-1, BLOCK))  # a padding of 0 copies
     sums = blocks.sum(-1)
     running = sums.cumsum(-1)
     share = uniforms.to(weights.dtype)[:, None] * running[:, -1:]

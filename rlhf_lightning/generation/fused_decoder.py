@@ -1,0 +1,312 @@
+"""Llama-like decoders on a CPU, computed for sampling: few large products and no module calls.
+
+A decoding step multiplies a few rows by every weight of the model, so it is bound by reading weights and by the
+overhead of calls. Here query, key and value are one product, gate and up another, and oneDNN gets the weights in its
+own layout, once per `generate` call.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rlhf_lightning.generation.kv_cache import PrefillCache, SlotKVCache
+from rlhf_lightning.models import last_layer
+from rlhf_lightning.models.attention import Decoding, packed_attention
+from rlhf_lightning.models.attention import kept_attention as attention_of_kept
+from rlhf_lightning.models.last_layer import KeptLayout
+from rlhf_lightning.models.lora import LoRAFactors, base_of, is_adapted, lora_factors, lora_obstacles
+from rlhf_lightning.models.packing import PackedLayout
+from rlhf_lightning.models.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+MODELS = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `model_type` whose layers are computed here."""
+ROTARY = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary embeddings whose angles depend only on the position."""
+ROWS = 32
+"""Number of rows for which oneDNN chooses its layout of the weights; products of other sizes use the same one."""
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""Attention of a layer, given by its index: query, key and value `[n, heads, size]` → `[m, heads · size]`."""
+
+
+@dataclass(frozen=True)
+class _Norm:
+    """RMS norm over the last dimension, in float32 even for wider states, as in transformers."""
+
+    weight: Tensor
+    eps: float
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+
+
+class _Product:
+    """One matrix product for linear layers with the same input, whose outputs are concatenated.
+
+    Adapters are not merged into the weights, because a sum that is rounded to bfloat16 would lose small updates. An
+    adapter's second factor B is appended to the weight W instead: `[W B] [x, A x] = W x + B A x`.
+
+    Args:
+        layers: The layers.
+        adapters: The factors of each layer's adapter; None for a layer without one.
+        dtype: Type of weights and outputs.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear], adapters: Sequence[LoRAFactors | None], dtype: torch.dtype) -> None:
+        weights: list[Tensor] = [layer.weight.detach().to(dtype) for layer in layers]
+        weight = torch.cat(weights)
+        self.bias: Tensor | None = None
+        if any(layer.bias is not None for layer in layers):
+            zeros = [layer.weight.new_zeros(layer.out_features) for layer in layers]
+            pairs = zip(layers, zeros, strict=True)
+            biases: list[Tensor] = [zero if layer.bias is None else layer.bias for layer, zero in pairs]
+            self.bias = torch.cat(biases).to(dtype)
+        self.down: Tensor | None = None
+        """The first factors of the adapters, in one weight; None without adapters."""
+        if any(adapters):
+            empty = [(layer.weight.new_zeros(0, layer.in_features), layer.weight[:, :0]) for layer in layers]
+            factors = [pair or none for pair, none in zip(adapters, empty, strict=True)]
+            self.down = _packed(torch.cat([a for a, _ in factors]).to(dtype))
+            weight = torch.cat([weight, torch.block_diag(*(b for _, b in factors)).to(dtype)], 1)
+        self.weight, self.dtype = _packed(weight), dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.to(self.dtype)
+        if self.down is not None:
+            x = torch.cat([x, _linear(x, self.down, None)], -1)
+        return _linear(x, self.weight, self.bias)
+
+
+def _packed(weight: Tensor) -> Tensor:
+    """The weight in the layout of oneDNN, if oneDNN computes in its type; otherwise the weight."""
+    fits = weight.dtype == torch.float32 or (
+        weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+    if not (fits and torch.backends.mkldnn.is_available()):
+        return weight
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS)
+    return packed
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not weight.is_mkldnn:
+        return F.linear(x, weight, bias)
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+@dataclass(frozen=True)
+class _Layer:
+    before_attention: _Norm
+    qkv: _Product
+    query_norm: _Norm | None
+    key_norm: _Norm | None
+    output: _Product
+    before_mlp: _Norm
+    gate_up: _Product
+    activation: Callable[[Tensor], Tensor]
+    down: _Product
+
+
+class FusedDecoder:
+    """The decoder of a Llama-like model in a given precision, with its own copy of the weights.
+
+    Products and keys and values are in `dtype`; hidden states, norms, rotary embeddings, scores and softmax in float32
+    or wider.
+
+    Args:
+        model: A model for which `supports` is True.
+        dtype: Precision of the products.
+
+    Example:
+        ```python
+        decoder = FusedDecoder(model, torch.bfloat16)
+        states = decoder.step(kv_cache, tokens)
+        ```
+    """
+
+    def __init__(self, model: "PreTrainedModel | PeftModel", dtype: torch.dtype) -> None:
+        base, self.dtype = base_of(model), dtype
+        decoder = base.get_decoder()
+        names = {id(module): name for name, module in base.named_modules()}
+        adapters = dict(lora_factors(model)) if is_adapted(model) else {}
+        wide = torch.promote_types(next(decoder.parameters()).dtype, torch.float32)
+
+        def norm(module: "LlamaRMSNorm") -> _Norm:
+            return _Norm(module.weight.detach().to(wide), module.variance_epsilon)
+
+        def product(*modules: nn.Module) -> _Product:
+            found = [adapters.get(names[id(module)]) for module in modules]
+            return _Product([_plain(module) for module in modules], found, dtype)
+
+        self.layers = []
+        for layer in decoder.layers:
+            attention, mlp = layer.self_attn, layer.mlp
+            normed = hasattr(attention, "q_norm")
+            self.layers.append(
+                _Layer(
+                    norm(layer.input_layernorm),
+                    product(attention.q_proj, attention.k_proj, attention.v_proj),
+                    norm(attention.q_norm) if normed else None,
+                    norm(attention.k_norm) if normed else None,
+                    product(attention.o_proj),
+                    norm(layer.post_attention_layernorm),
+                    product(mlp.gate_proj, mlp.up_proj),
+                    mlp.act_fn,
+                    product(mlp.down_proj),
+                )
+            )
+        self.embeddings, self.rotary, self.norm = decoder.embed_tokens, decoder.rotary_emb, norm(decoder.norm)
+        self.wide = wide
+        self.size, self.scale = attention.head_dim, attention.scaling
+        head = base.get_output_embeddings()
+        plain = _is_plain(head) and not hasattr(head, "base_layer") and head.weight.dtype == dtype
+        self.head = _Product([head], [None], dtype) if plain else None
+        """The head; None if it is not a plain layer of this precision. Under autocast it is computed in its own."""
+        config = base.config.get_text_config()
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+
+    def prefill(self, ids: Tensor, layout: PackedLayout, ends: Tensor) -> tuple[list[PrefillCache], Tensor]:
+        """Compute prompts.
+
+        Args:
+            ids: The tokens of all prompts, `[n]`.
+            layout: Their layout.
+            ends: Increasing indices of the tokens whose states are returned, `[m]`.
+
+        Returns:
+            Keys and values per layer, and the states at `ends`, `[m, H]`.
+        """
+        cache = [PrefillCache() for _ in self.layers]
+        last = len(self.layers) - 1
+
+        def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            q, k, v = (states.transpose(0, 1)[None] for states in (query, key, value))
+            cache[index].update(k, v)
+            if index < last:
+                return packed_attention(q, k, v, layout, self.scale)[0].flatten(1)
+            return attention_of_kept(q[:, :, ends], KeptLayout(layout, ends, k, v), self.scale)[0].flatten(1)
+
+        return cache, self._run(ids, layout.columns, attend, ends)
+
+    def step(self, kv_cache: SlotKVCache, tokens: Tensor) -> Tensor:
+        """Feed the last token of every slot.
+
+        Args:
+            kv_cache: A cache with transposed keys.
+            tokens: Last token of each slot, `[slots]`.
+
+        Returns:
+            States of these tokens, `[slots, H]`.
+        """
+        groups = self.heads // self.key_heads
+        bias = Decoding(kv_cache.positions, kv_cache.width).bias(None, self.key_heads, groups, self.wide)
+
+        def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            keys, values = kv_cache.layers[index].update(key[:, :, None], value[:, :, None])
+            # Query heads that share keys are the rows of one product.
+            q = query.reshape(-1, groups, self.size)
+            scores = torch.bmm(q, keys.flatten(0, 1).transpose(1, 2))
+            weights = torch.add(bias, scores, alpha=self.scale).softmax(-1).to(self.dtype)
+            return torch.bmm(weights, values.flatten(0, 1)).view(len(query), -1)
+
+        return self._run(tokens, kv_cache.positions, attend)
+
+    def _run(self, ids: Tensor, positions: Tensor, attend: Attend, ends: Tensor | None = None) -> Tensor:
+        """Hidden states after the last norm, of all tokens or of those at `ends`.
+
+        Args:
+            ids: Token ids, `[n]`.
+            positions: Their positions, `[n]`.
+            attend: Attention; in the last layer it returns the tokens at `ends`.
+            ends: The tokens that the last layer computes; None for all.
+        """
+        device = ids.device.type
+        with torch.autocast(device, enabled=False):
+            x = F.embedding(ids, self.embeddings.weight).to(self.wide)
+            cos, sin = (part[0, :, None] for part in self.rotary(x, position_ids=positions[None]))
+            # rotate(x) · sin = swap(x) · sin with the first half of the sines negated, where swap exchanges the halves
+            half = self.size // 2
+            sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            for index, layer in enumerate(self.layers):
+                states = layer.qkv(layer.before_attention(x)).unflatten(-1, (-1, self.size))
+                rotated, value = states.split([self.heads + self.key_heads, self.key_heads], 1)
+                rotated = rotated.to(self.wide)
+                if layer.query_norm is not None and layer.key_norm is not None:
+                    query, key = rotated.split([self.heads, self.key_heads], 1)
+                    rotated = torch.cat([layer.query_norm(query), layer.key_norm(key)], 1)
+                rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin).to(self.dtype)
+                query, key = rotated.split([self.heads, self.key_heads], 1)
+                attended = attend(index, query, key, value)
+                if ends is not None and index == len(self.layers) - 1:
+                    x = x[ends]
+                x = x + layer.output(attended)
+                gate, up = layer.gate_up(layer.before_mlp(x)).chunk(2, -1)
+                x += layer.down(layer.activation(gate) * up)
+            return self.norm(x)
+
+
+def supports(model: "PreTrainedModel | PeftModel") -> bool:
+    """True if `FusedDecoder` can compute the model: Llama-like, on a CPU, not sharded, adapters of LoRA's plain kind.
+
+    A model with hooks runs its own modules, because a hook may read or change what they compute.
+
+    Args:
+        model: A causal model, or a `PeftModel` around one.
+    """
+    base = base_of(model)
+    config = base.config.get_text_config()
+    if next(model.parameters()).device.type != "cpu" or is_sharded(model) or config.model_type not in MODELS:
+        return False
+    decoder = base.get_decoder()
+    # A subclass may compute something else.
+    if not type(decoder).__module__.startswith("transformers.models.") or getattr(config, "sliding_window", None):
+        return False
+    if decoder.rotary_emb.rope_type not in ROTARY or type(decoder.embed_tokens) is not nn.Embedding:
+        return False
+    if is_adapted(model) and not set(lora_obstacles(model)) <= {"trained weights of the base"}:
+        return False
+    if any(hook.__module__ != last_layer.__name__ for module in base.modules() for hook in _hooks(module)):
+        return False
+    projections = [
+        module
+        for layer in decoder.layers
+        for part in (layer.self_attn, layer.mlp)
+        for name, module in part.named_children()
+        if name.endswith("_proj")
+    ]
+    return all(_is_plain(module) for module in projections)
+
+
+def _hooks(module: nn.Module) -> list[Callable[..., object]]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
+def _plain(module: nn.Module) -> nn.Linear:
+    """The linear layer below an adapter, or the layer itself."""
+    layer = getattr(module, "base_layer", module)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """True for a linear layer as it is, or below one active adapter that is not merged."""
+    from peft.tuners.lora import LoraLayer
+
+    layer = getattr(module, "base_layer", module)
+    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in vars(layer):
+        return False
+    if not isinstance(module, LoraLayer):
+        return layer is module
+    return not module.disable_adapters and not module.merged and list(module.active_adapters) == ["default"]
