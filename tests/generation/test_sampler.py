@@ -10,11 +10,12 @@ from peft import get_peft_model
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation.fused_decoder import _Product, supports
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.sampler import ModelSampler, Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams, is_complete, sample_token
 from rlhf_lightning.models.decoding_layers import decoding_layers
-from rlhf_lightning.models.lora import LoRA, base_of
+from rlhf_lightning.models.lora import LoRA, LoRAFactors, base_of
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from tests.helpers.models import build_model
 
@@ -229,3 +230,43 @@ def test_stop_texts_end_a_response(tokenizer: Any) -> None:
     assert sampler.params.stop_strings == ("[end]",)
     assert not is_complete(tokenizer("one two")["input_ids"], sampler.params, tokenizer.decode)
     assert is_complete(tokenizer("one two[end]")["input_ids"], sampler.params, tokenizer.decode)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+def test_fused_decoder_computes_adapters_and_leaves_hooked_models_alone(tokenizer: Any, architecture: str) -> None:
+    base: Any = build_model(tokenizer, architecture=architecture)
+    model: Any = get_peft_model(base, LoRA(rank=4, target=["q_proj", "v_proj", "down_proj"]).config(base, "CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.double()
+    engine = LocalEngine(model, tokenizer.decode)
+    request = [[5, 6, 7], [9] * 40, [5, 6, 7]], SamplingParams(max_tokens=12), [1, 2, 3]
+    assert supports(model)
+    fused = engine.generate(*request)
+    calls: list[int] = []
+    hook = engine.backbone.decoder.register_forward_hook(lambda *_: calls.append(1))
+    assert not supports(model)
+    plain = engine.generate(*request)
+    hook.remove()
+    assert calls
+    for a, b in zip(fused, plain, strict=True):
+        assert a.ids == b.ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-9)
+
+
+def test_fused_products_keep_updates_that_merged_weights_would_lose() -> None:
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(64, 32, bias=False).to(torch.bfloat16).float()  # as models are published
+    adapter = LoRAFactors(3e-4 * torch.randn(4, 64), 1e-2 * torch.randn(32, 4))
+    merged = torch.nn.Linear(64, 32, bias=False)
+    x = torch.randn(4096, 64).to(torch.bfloat16).float()
+    with torch.inference_mode():
+        merged.weight.copy_(layer.weight + adapter.b @ adapter.a)
+        pairs = (layer, None), (layer, adapter), (merged, None)
+        base, adapted, rounded = (_Product([one], [own], torch.bfloat16)(x).float() for one, own in pairs)
+    wanted = x @ (adapter.b @ adapter.a).t()
+    # Slopes of a regression on the exact effect, in which the rounding of outputs averages out.
+    kept, lost = (float((out - base).mul(wanted).sum() / wanted.square().sum()) for out in (adapted, rounded))
+    assert kept == pytest.approx(1, abs=0.2)
+    assert lost < 0.3
