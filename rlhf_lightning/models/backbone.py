@@ -43,8 +43,7 @@ class Backbone:
         self.decoder = base.get_decoder() if hasattr(base, "get_decoder") else base.base_model
         self.lm_head = base.get_output_embeddings()
         self.vocabulary = base.get_input_embeddings().weight.shape[0]
-        self.adjust = _logit_adjustment(base.config.get_text_config())
-        """Applies the model's soft cap or scale to the outputs of its head."""
+        self._adjust = _logit_adjustment(base.config.get_text_config())
         self.separable = self.decoder is not base and self.lm_head is not None and self._agree()
         if not self.separable:
             log.info(
@@ -63,22 +62,18 @@ class Backbone:
         """
         head = self.lm_head if head_weights is None else partial(functional_call, self.lm_head, dict(head_weights))
         if not self.wide_head:
-<<<<<<< HEAD
-            return self._adjusted(head(states))
-=======
-            return self.adjust(head(states))
->>>>>>> 51964a3 (Llama-like models are sampled with fused products, packed weights and transposed keys on a CPU; a padding of 0 no longer copies probabilities)
+            return self.adjusted(head(states))
         rounded = self._rounds_head(states)
         with torch.autocast(states.device.type, enabled=False):
             states = states.to(self.lm_head.weight.dtype)
             if not rounded:
-<<<<<<< HEAD
-                return self._adjusted(head(states))
+                return self.adjusted(head(states))
             weight = self.lm_head.weight if head_weights is None else head_weights["weight"]
             logits = RoundedLogitsFunction.apply(states.flatten(0, -2), weight)
-            return self._adjusted(logits.unflatten(0, states.shape[:-1]))
+            return self.adjusted(logits.unflatten(0, states.shape[:-1]))
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
+    def adjusted(self, logits: Tensor) -> Tensor:
+        """Outputs of the head with the model's soft cap or scale."""
         return logits if self._adjust is None else self._adjust(logits)
 
     def fuses_logprobs(self) -> bool:
@@ -105,12 +100,6 @@ class Backbone:
             trains = torch.is_grad_enabled() and (states.requires_grad or weight.requires_grad)
             compute = HeadLogprobsFunction.apply if trains else head_logprobs
             return compute(states, weight, targets, temperature, details)
-=======
-                return self.adjust(head(states))
-            weight = self.lm_head.weight if head_weights is None else head_weights["weight"]
-            logits = RoundedLogitsFunction.apply(states.flatten(0, -2), weight)
-            return self.adjust(logits.unflatten(0, states.shape[:-1]))
->>>>>>> 51964a3 (Llama-like models are sampled with fused products, packed weights and transposed keys on a CPU; a padding of 0 no longer copies probabilities)
 
     def _rounds_head(self, states: Tensor) -> bool:
         """True if the head may be computed from rounded factors: a plain layer, under autocast on a CPU."""
