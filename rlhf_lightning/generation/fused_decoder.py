@@ -6,6 +6,7 @@ own layout, once per `generate` call.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -20,12 +21,14 @@ from rlhf_lightning.models.attention import kept_attention as attention_of_kept
 from rlhf_lightning.models.last_layer import KeptLayout
 from rlhf_lightning.models.lora import LoRAFactors, base_of, is_adapted, lora_factors, lora_obstacles
 from rlhf_lightning.models.packing import PackedLayout
+from rlhf_lightning.models.precision import rounded_factors
 from rlhf_lightning.models.sharding import is_sharded
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose layers are computed here."""
@@ -40,15 +43,21 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class _Norm:
-    """RMS norm over the last dimension, in float32 even for wider states, as in transformers."""
+    """RMS norm over the last dimension, in float32 even for wider states, as in transformers.
+
+    Attributes:
+        weight: `[size]`, or `[heads, size]` if heads have different weights.
+        eps: Added to the mean square.
+    """
 
     weight: Tensor
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        if x.dtype == torch.float32:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), self.weight.shape, None, self.eps).to(x.dtype)
+        shape = x.shape[-1:]
+        if x.dtype == torch.float32 and self.weight.dim() == 1:
+            return F.rms_norm(x, shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), shape, None, self.eps).to(x.dtype)
 
 
 class _Product:
@@ -110,8 +119,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class _Layer:
     before_attention: _Norm
     qkv: _Product
-    query_norm: _Norm | None
-    key_norm: _Norm | None
+    head_norm: _Norm | None
     output: _Product
     before_mlp: _Norm
     gate_up: _Product
@@ -138,6 +146,8 @@ class FusedDecoder:
 
     def __init__(self, model: "PreTrainedModel | PeftModel", dtype: torch.dtype) -> None:
         base, self.dtype = base_of(model), dtype
+        config = base.config.get_text_config()
+        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
         decoder = base.get_decoder()
         names = {id(module): name for name, module in base.named_modules()}
         adapters = dict(lora_factors(model)) if is_adapted(model) else {}
@@ -145,6 +155,12 @@ class FusedDecoder:
 
         def norm(module: "LlamaRMSNorm") -> _Norm:
             return _Norm(module.weight.detach().to(wide), module.variance_epsilon)
+
+        def head_norm(attention: "Qwen3Attention") -> _Norm:
+            counts = self.heads, self.key_heads
+            norms = [norm(attention.q_norm), norm(attention.k_norm)]
+            weight = [one.weight.expand(count, -1) for one, count in zip(norms, counts, strict=True)]
+            return _Norm(torch.cat(weight), norms[0].eps)
 
         def product(*modules: nn.Module) -> _Product:
             found = [adapters.get(names[id(module)]) for module in modules]
@@ -158,8 +174,7 @@ class FusedDecoder:
                 _Layer(
                     norm(layer.input_layernorm),
                     product(attention.q_proj, attention.k_proj, attention.v_proj),
-                    norm(attention.q_norm) if normed else None,
-                    norm(attention.k_norm) if normed else None,
+                    head_norm(attention) if normed else None,
                     product(attention.o_proj),
                     norm(layer.post_attention_layernorm),
                     product(mlp.gate_proj, mlp.up_proj),
@@ -171,11 +186,25 @@ class FusedDecoder:
         self.wide = wide
         self.size, self.scale = attention.head_dim, attention.scaling
         head = base.get_output_embeddings()
-        plain = _is_plain(head) and not hasattr(head, "base_layer") and head.weight.dtype == dtype
-        self.head = _Product([head], [None], dtype) if plain else None
-        """The head; None if it is not a plain layer of this precision. Under autocast it is computed in its own."""
-        config = base.config.get_text_config()
-        self.heads, self.key_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head: _Product | None = None
+        """The head in its own precision; None if it is not a plain layer."""
+        self.rounds_head = head.weight.dtype != dtype
+        if _is_plain(head) and not hasattr(head, "base_layer"):
+            with self._head_precision():
+                self.head = _Product([head], [None], head.weight.dtype)
+
+    def logits(self, states: Tensor) -> Tensor | None:
+        """Outputs of the head `[n, V]` for states `[n, H]`; None if the head is not a plain layer.
+
+        Under autocast they are those of `Backbone.logits`: float32, of factors that may be rounded to bfloat16.
+        """
+        if self.head is None:
+            return None
+        with self._head_precision(), torch.autocast(states.device.type, enabled=False):
+            return self.head(states)
+
+    def _head_precision(self) -> AbstractContextManager[None]:
+        return rounded_factors() if self.rounds_head else nullcontext()
 
     def prefill(self, ids: Tensor, layout: PackedLayout, ends: Tensor) -> tuple[list[PrefillCache], Tensor]:
         """Compute prompts.
@@ -215,10 +244,10 @@ class FusedDecoder:
 
         def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = kv_cache.layers[index].update(key[:, :, None], value[:, :, None])
-            # Query heads that share keys are the rows of one product.
-            q = query.reshape(-1, groups, self.size)
-            scores = torch.bmm(q, keys.flatten(0, 1).transpose(1, 2))
-            weights = torch.add(bias, scores, alpha=self.scale).softmax(-1).to(self.dtype)
+            # Query heads that share keys are the rows of one product. Scores are in float32, as in training: rounded to
+            # bfloat16, they would add as much to the log-probabilities' error as all else.
+            q, k = query.reshape(-1, groups, self.size).to(self.wide), keys.flatten(0, 1).transpose(1, 2).to(self.wide)
+            weights = torch.baddbmm(bias, q, k, alpha=self.scale).softmax(-1).to(self.dtype)
             return torch.bmm(weights, values.flatten(0, 1)).view(len(query), -1)
 
         return self._run(tokens, kv_cache.positions, attend)
@@ -243,9 +272,8 @@ class FusedDecoder:
                 states = layer.qkv(layer.before_attention(x)).unflatten(-1, (-1, self.size))
                 rotated, value = states.split([self.heads + self.key_heads, self.key_heads], 1)
                 rotated = rotated.to(self.wide)
-                if layer.query_norm is not None and layer.key_norm is not None:
-                    query, key = rotated.split([self.heads, self.key_heads], 1)
-                    rotated = torch.cat([layer.query_norm(query), layer.key_norm(key)], 1)
+                if layer.head_norm is not None:
+                    rotated = layer.head_norm(rotated)
                 rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin).to(self.dtype)
                 query, key = rotated.split([self.heads, self.key_heads], 1)
                 attended = attend(index, query, key, value)

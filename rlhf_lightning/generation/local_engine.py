@@ -283,8 +283,8 @@ class LocalEngine:
 
     def _logits(self, states: Tensor) -> Tensor:
         """Logits `[n, V]` of hidden states `[n, H]`, also of those that the fused decoder leaves in float32."""
-        if self._fused and self._fused.head:
-            return self.backbone.adjusted(self._fused.head(states))
+        if self._fused and (logits := self._fused.logits(states)) is not None:
+            return self.backbone.adjusted(logits)
         return self.backbone.logits(
             states if self.backbone.wide_head else states.to(self.backbone.lm_head.weight.dtype)
         )
