@@ -213,12 +213,13 @@ def speed(folder: str, repeats: int, with_vllm: bool) -> dict[str, Any]:
         prompts = torch.randint(10, model.config.vocab_size, (rows, PROMPT), generator=generator).tolist()
         for tokens in LENGTHS:
             seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for turn in range(repeats + 1):
+            for sample in sides.values():
+                sample(prompts, 2)  # checks and first allocations
+            for _ in range(repeats):
                 for name, sample in sides.items():
                     started = time.process_time()
                     sample(prompts, tokens)
-                    if turn:  # the first turn is a warm-up
-                        seconds[name].append(time.process_time() - started)
+                    seconds[name].append(time.process_time() - started)
             found[f"{rows} x {tokens}"] = {
                 name: rows * tokens / statistics.median(values) for name, values in seconds.items()
             }

@@ -54,17 +54,17 @@ class _Norm:
     eps: float
 
     def __call__(self, x: Tensor) -> Tensor:
-        shape = x.shape[-1:]
-        if x.dtype == torch.float32 and self.weight.dim() == 1:
-            return F.rms_norm(x, shape, self.weight, self.eps)
-        return self.weight * F.rms_norm(x.float(), shape, None, self.eps).to(x.dtype)
+        if x.dtype == self.weight.dtype == torch.float32 and self.weight.dim() == 1:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
 
 
 class _Product:
     """One matrix product for linear layers with the same input, whose outputs are concatenated.
 
-    Adapters are not merged into the weights, because a sum that is rounded to bfloat16 would lose small updates. An
-    adapter's second factor B is appended to the weight W instead: `[W B] [x, A x] = W x + B A x`.
+    Adapters are not merged: rounded to bfloat16, a sum of weight and update would lose small updates, and differ from
+    training, which adds the adapter's output. All adapters of the layers are two products, `x + B A x`, with the first
+    factors concatenated and the second ones on the diagonal of one weight.
 
     Args:
         layers: The layers.
@@ -87,14 +87,13 @@ class _Product:
             empty = [(layer.weight.new_zeros(0, layer.in_features), layer.weight[:, :0]) for layer in layers]
             factors = [pair or none for pair, none in zip(adapters, empty, strict=True)]
             self.down = _packed(torch.cat([a for a, _ in factors]).to(dtype))
-            weight = torch.cat([weight, torch.block_diag(*(b for _, b in factors)).to(dtype)], 1)
+            self.up = _packed(torch.block_diag(*(b for _, b in factors)).to(dtype))
         self.weight, self.dtype = _packed(weight), dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.to(self.dtype)
-        if self.down is not None:
-            x = torch.cat([x, _linear(x, self.down, None)], -1)
-        return _linear(x, self.weight, self.bias)
+        out = _linear(x, self.weight, self.bias)
+        return out if self.down is None else out.add_(_linear(_linear(x, self.down, None), self.up, None))
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -244,8 +243,7 @@ class FusedDecoder:
 
         def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = kv_cache.layers[index].update(key[:, :, None], value[:, :, None])
-            # Query heads that share keys are the rows of one product. Scores are in float32, as in training: rounded to
-            # bfloat16, they would add as much to the log-probabilities' error as all else.
+            # Query heads that share keys are the rows of one product. Scores are in float32, as in training.
             q, k = query.reshape(-1, groups, self.size).to(self.wide), keys.flatten(0, 1).transpose(1, 2).to(self.wide)
             weights = torch.baddbmm(bias, q, k, alpha=self.scale).softmax(-1).to(self.dtype)
             return torch.bmm(weights, values.flatten(0, 1)).view(len(query), -1)
@@ -271,9 +269,9 @@ class FusedDecoder:
             for index, layer in enumerate(self.layers):
                 states = layer.qkv(layer.before_attention(x)).unflatten(-1, (-1, self.size))
                 rotated, value = states.split([self.heads + self.key_heads, self.key_heads], 1)
-                rotated = rotated.to(self.wide)
                 if layer.head_norm is not None:
                     rotated = layer.head_norm(rotated)
+                rotated = rotated.to(self.wide)
                 rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin).to(self.dtype)
                 query, key = rotated.split([self.heads, self.key_heads], 1)
                 attended = attend(index, query, key, value)
