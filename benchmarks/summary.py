@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import pages, real_quickstart, sizes, step  # noqa: E402
+from benchmarks import engines, pages, real_quickstart, sizes, step  # noqa: E402
 from benchmarks.real import table as real  # noqa: E402
 from benchmarks.scale import growth  # noqa: E402
 from benchmarks.steps.sides import ROWWISE  # noqa: E402
@@ -128,6 +128,7 @@ PAGES: dict[Path, dict[str, Callable[[], str]]] = {
     ROOT / "benchmarks" / "scale" / "README.md": {"growth": lambda: growth.table(read("scale")["growth"])},
     ROOT / "benchmarks" / "real" / "README.md": {"real": lambda: real.render(real.read(RESULTS / "real"))},
     ROOT / "README.md": {"quickstart": lambda: real_quickstart.figures(read("real_quickstart")), "speed": speed},
+    ROOT / "docs" / "performance.md": {"sampling": lambda: engines.speed_table(read("engines"))},
     ROOT / "docs" / "quickstart.md": {
         "figures": lambda: real_quickstart.figures(read("real_quickstart")),
         "kinds": lambda: real_quickstart.kinds(read("real_quickstart")),
