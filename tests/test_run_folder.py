@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import yaml
 
+from rlhf_lightning import SFTModule
 from rlhf_lightning.cli import main as entry
 from rlhf_lightning.cli.data_record import check_data_record
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.run_folder import MARK, STAGE_RESULTS, claim, claims, refuse_inputs_in
-from tests.helpers.cli import mistake, stage_config, write_yaml
+from tests.helpers.cli import mistake, rlhf_in_process, stage_config, write_yaml
 from tests.helpers.models import build_model
 from tests.helpers.rows import chats, write_rows
 from tests.helpers.runs import Run, complete, wait_for
@@ -83,6 +84,24 @@ def test_results_of_a_run_are_replaced_on_request(base: str, tmp_path: Path) -> 
     assert "is already finished" in complete(args, tmp_path / "2.txt")
     complete([*args, "--fresh"], tmp_path / "3.txt")
     assert (tmp_path / "run" / "model" / "model.safetensors").stat().st_mtime_ns > first
+
+
+def test_continued_run_that_fails_is_not_finished(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A finished run is continued with more steps and fails; the same command then does the rest."""
+    run = tmp_path / "run"
+    args = fit(base, tmp_path, "--trainer.default_root_dir", str(run))
+    rlhf_in_process(*args)
+    with monkeypatch.context() as patched:
+        patched.setattr(SFTModule, "training_step", broken)
+        with pytest.raises(ZeroDivisionError):
+            rlhf_in_process(*args, "--trainer.max_steps", "3")
+    rlhf_in_process(*args, "--trainer.max_steps", "3")
+    assert (run / "checkpoints" / "step=3.ckpt").exists()
+    assert (run / "stage.json").exists()
+
+
+def broken(self: Any, *args: Any) -> None:
+    raise ZeroDivisionError
 
 
 def test_pipeline_file_is_not_overwritten_by_its_own_run(

@@ -119,6 +119,8 @@ class SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Write the file. Lightning calls this on rank 0 only."""
         path = Path(trainer.default_root_dir) / "config.yaml"
+        # It says that a run with the settings in config.yaml is finished, which a longer run is not yet.
+        remove(path.with_name("stage.json"))
         self.parser.save(self.config, str(path), skip_none=False, overwrite=True, multifile=False)
 
 
