@@ -191,7 +191,7 @@ def operations(task: str, folder: Path, work: Workload) -> float:
 
 
 KINDS = {
-    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),
+    "products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise"),
     "attention": ("aten::_scaled_dot_product",),
     "optimizer": ("aten::_fused_adamw_",),
 }
@@ -205,7 +205,7 @@ def profile(task: str, folder: Path, work: Workload) -> dict[str, float]:
         (seconds,) = run(1)
     times: dict[str, float] = dict.fromkeys([*KINDS, "elementwise"], 0.0)
     for event in recorded.key_averages():
-        if event.key.startswith("aten::"):
+        if event.key.startswith(("aten::", "mkldnn::")):
             kind = next((k for k, names in KINDS.items() if event.key.startswith(names)), "elementwise")
             times[kind] += event.self_cpu_time_total / 1e6
     seconds = max(seconds, sum(times.values()))  # the profiler has wall time, `seconds` may be CPU time
