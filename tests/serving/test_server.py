@@ -388,7 +388,14 @@ def until(condition: Any) -> None:
         time.sleep(0.01)
 
 
-def test_too_many_requests_and_clients_that_leave(policy: Policy) -> None:
+def test_too_many_requests_and_clients_that_leave(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = LocalEngine.step
+
+    def slow(self: LocalEngine, *args: Any) -> Any:
+        time.sleep(0.01)  # so that the first answer takes longer than the test
+        return step(self, *args)
+
+    monkeypatch.setattr(LocalEngine, "step", slow)
     with serving(policy, slots=1, max_waiting=1, max_tokens=1900) as served, client(served.url) as asked:
         stream = chat(asked, temperature=0, stream=True)
         next(iter(stream))
