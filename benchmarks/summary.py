@@ -18,7 +18,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import engines, pages, real_quickstart, sizes, step  # noqa: E402
 from benchmarks.real import table as real  # noqa: E402
 from benchmarks.scale import growth  # noqa: E402
-from benchmarks.steps.sides import ROWWISE  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 STEP = "`python benchmarks/step.py`"
@@ -108,12 +107,15 @@ ROWS = {
 
 
 def speed() -> str:
-    """A short table of the steps."""
-    lines = ["| | ours | TRL, whole batch at once | TRL, fastest micro-batch |", "|---" * 4 + "|"]
-    for task, row in read("step-5m")["tasks"].items():
-        whole = f"{row['trl_whole_batch']:.2f} s ({row['ratio']:.1f} times)"
-        parts = f"{row['trl_fastest']:.2f} s ({row['ratio_fastest']:.1f} times)" if task in ROWWISE else "–"
-        lines.append(f"| {ROWS[task]} | {row['ours']:.2f} s | {whole} | {parts} |")
+    """A short table of the steps at 5M parameters, each side in its fastest micro-batch."""
+    head = [f"{side}, {name}" for name in ("bf16-mixed", "float32") for side in ("ours", "TRL")]
+    lines = [f"| | {' | '.join(head)} |", "|---" * 5 + "|"]
+    reports = [read("step-5m-bf16")["tasks"], read("step-5m-f32")["tasks"]]
+    for task, title in ROWS.items():
+        cells = []
+        for row in (tasks[task] for tasks in reports):
+            cells += [f"{row['ours']:.2f} s", f"{row['trl_fastest']:.2f} s ({row['ratio_fastest']:.1f} times)"]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
