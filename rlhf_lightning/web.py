@@ -213,13 +213,13 @@ def address_of(place: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def web_server(app: Starlette) -> uvicorn.Server:
-    """A server for an application; `run(sockets=[…])` serves until a stop signal.
+def server_config(app: Starlette) -> uvicorn.Config:
+    """Settings of a web server for an application.
 
     Args:
         app: The application.
     """
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         loop="asyncio",
         http="h11",
@@ -232,4 +232,12 @@ def web_server(app: Starlette) -> uvicorn.Server:
         limit_concurrency=256,
         timeout_graceful_shutdown=5,
     )
-    return uvicorn.Server(config)
+
+
+def web_server(app: Starlette) -> uvicorn.Server:
+    """A server for an application; `run(sockets=[…])` serves until a stop signal.
+
+    Args:
+        app: The application.
+    """
+    return uvicorn.Server(server_config(app))

@@ -18,10 +18,10 @@ from unittest import mock
 
 import pytest
 import torch
+import uvicorn
 import yaml
 
 import rlhf_lightning.quickstart.run
-import rlhf_lightning.web
 from rlhf_lightning.cli.main import COMMANDS
 from rlhf_lightning.files import visible
 from rlhf_lightning.pipeline.run import _Runner
@@ -284,7 +284,7 @@ def test_flags(count: int | None, commands: dict[tuple[str, ...], Any], case: An
         folder, args = case(), argv(command, {**good, flag: texts[value]}, flags[command])
         # The stages of two commands are those of other tests, and a server would wait.
         stages = mock.patch.object(_Runner, "run", side_effect=Started)
-        pages = mock.patch.object(rlhf_lightning.web, "web_server", side_effect=Started)
+        pages = mock.patch.object(uvicorn.Server, "run", side_effect=Started)
         data = mock.patch.object(rlhf_lightning.quickstart.run, "_inputs", side_effect=Started)
         with stages, data, pages, mock.patch.object(sys, "stdin", io.StringIO("Hello\n")):
             name = f"{' '.join(command)} {flag}"

@@ -1,7 +1,7 @@
 """`rlhf serve MODEL`: an HTTP server with OpenAI's API."""
 
 import argparse
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli.filter_flag import add_filter_flag, filter_of
@@ -35,17 +35,20 @@ def run(args: list[str]) -> int:
     try:
         from rlhf_lightning import web
         from rlhf_lightning.serving.server import ApiServer
+        from rlhf_lightning.serving.shutdown import ApiHttpServer, ended_by_signals
     except ModuleNotFoundError as error:
         raise missing_package(error, "rlhf serve", "serve") from None
     access, checks = access_of(options, TOKEN), filter_of(options.filter)
     with ExitStack() as opened:
         place = opened.enter_context(web.bound(options.host, options.port))
         reader, sampler = _load(options)
+        api = ApiServer(reader, sampler, access, checks)
+        server = ApiHttpServer(web.server_config(api.app()), api.shutdown)
+        opened.enter_context(ended_by_signals(server))
         sampler.start()
         opened.callback(sampler.stop)
         _greet(reachable(web.address_of(place), options.host), reader.name, access)
-        with suppress(KeyboardInterrupt):  # this is how serving ends
-            web.web_server(ApiServer(reader, sampler, access, checks).app()).run(sockets=[place])
+        server.run(sockets=[place])
     return 0
 
 

@@ -4,19 +4,28 @@ import json
 import re
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+
+from starlette.responses import Response
 
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.environments.tools import TOOL_CALL, read_call
 from rlhf_lightning.files import as_json
 from rlhf_lightning.generation.text_stream import TextStream
+from rlhf_lightning.serving.fields import RequestError
 from rlhf_lightning.serving.requests import Asked
 from rlhf_lightning.serving.sampling import Sampled
 from rlhf_lightning.types import JSON
 
 _CALL = re.compile(TOOL_CALL, re.DOTALL)
 _CALL_START = "<tool_call>"
+ERROR_HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "1"},
+    503: {"x-should-retry": "false"},  # OpenAI's client would hide the error by asking a server that is gone
+}
+"""Headers of errors by their status."""
 
 
 class Choice:
@@ -242,3 +251,23 @@ def event(body: dict[str, JSON]) -> bytes:
         body: Its data.
     """
     return f"data: {as_json(body)}\n\n".encode()
+
+
+def json_response(body: dict[str, JSON], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A response with an object.
+
+    Args:
+        body: The object.
+        status: Status of the response.
+        headers: Headers of the response.
+    """
+    return Response(as_json(body), status, headers, "application/json")
+
+
+def error_response(error: RequestError) -> Response:
+    """The response to a request that is refused or fails.
+
+    Args:
+        error: The error.
+    """
+    return json_response(error.body(), error.status, ERROR_HEADERS.get(error.status))

@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -17,13 +17,13 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from rlhf_lightning.errors import UserError, first_line
-from rlhf_lightning.files import as_json
 from rlhf_lightning.filtering import Filter, FilterText
 from rlhf_lightning.filtering.rows import row_texts
 from rlhf_lightning.serving.fields import RequestError
-from rlhf_lightning.serving.replies import Reply, event
+from rlhf_lightning.serving.replies import Reply, error_response, event, json_response
 from rlhf_lightning.serving.requests import Asked, RequestReader
 from rlhf_lightning.serving.sampling import ResponseSampler, Sampled
+from rlhf_lightning.serving.shutdown import EndAtShutdown, Shutdown
 from rlhf_lightning.types import JSON, FilterDecision
 from rlhf_lightning.web import Access, Guard, read_body
 
@@ -36,8 +36,6 @@ HEADERS = {
     "Cache-Control": "no-store",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
-RESPONSE_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
-"""Headers of errors by their status."""
 T = TypeVar("T")
 
 
@@ -50,6 +48,7 @@ class ApiServer:
         sampler: Samples the responses.
         access: Who may use the server.
         filter: Checks requests and responses; None to pass everything.
+        shutdown: How requests end when the server does.
 
     Example:
         >>> app = ApiServer(reader, sampler).app()  # doctest: +SKIP
@@ -59,6 +58,7 @@ class ApiServer:
     sampler: ResponseSampler
     access: Access = field(default_factory=Access)
     filter: Filter | None = None
+    shutdown: Shutdown = field(default_factory=Shutdown)
 
     def __post_init__(self) -> None:
         self._checking = asyncio.Lock()
@@ -78,7 +78,8 @@ class ApiServer:
             middleware=[
                 Middleware(
                     Guard, access=self.access, refusal=_refusal, headers=HEADERS, command="rlhf serve", is_page=False
-                )
+                ),
+                Middleware(EndAtShutdown, shutdown=self.shutdown),
             ],
             exception_handlers={HTTPException: _on_http_error, RequestError: _on_request_error, Exception: _on_error},
         )
@@ -87,16 +88,16 @@ class ApiServer:
 
     async def _health(self, request: Request) -> Response:
         load = self.sampler.load
-        return _json({"status": "ok", "sampling": load.sampling, "waiting": load.waiting})
+        return json_response({"status": "ok", "sampling": load.sampling, "waiting": load.waiting})
 
     async def _models(self, request: Request) -> Response:
         self._authorize(request)
-        return _json({"object": "list", "data": [self._card()]})
+        return json_response({"object": "list", "data": [self._card()]})
 
     async def _model(self, request: Request) -> Response:
         self._authorize(request)
         self.reader.check_name(request.path_params["name"])
-        return _json(self._card())
+        return json_response(self._card())
 
     async def _chat(self, request: Request) -> Response:
         return await self._answer(request, self.reader.chat)
@@ -163,7 +164,7 @@ class ApiServer:
         for choice, found in zip(reply.choices, await self._decisions(filter, rows, "response"), strict=True):
             if found.withheld:
                 choice.withhold(filter.refusal)
-        return _EventStream(_replayed(reply)) if reply.asked.stream else _json(reply.body())
+        return _EventStream(_replayed(reply)) if reply.asked.stream else json_response(reply.body())
 
     async def _decisions(self, filter: Filter, rows: list[list[FilterText]], what: str) -> list[FilterDecision]:
         """Decisions about requests or responses. The log has the rules that match, but no texts of clients."""
@@ -211,7 +212,7 @@ async def _whole(reply: Reply, tokens: AsyncGenerator[Sampled, None]) -> Respons
     async with aclosing(tokens):
         async for sampled in tokens:
             reply.take(sampled)
-    return _json(reply.body())
+    return json_response(reply.body())
 
 
 async def _events(reply: Reply, first: Sampled, tokens: AsyncGenerator[Sampled, None]) -> AsyncGenerator[bytes, None]:
@@ -257,12 +258,8 @@ async def _gone(request: Request) -> None:
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def _json(body: dict[str, JSON], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(as_json(body), status, headers, "application/json")
-
-
 def _refusal(status: int, problem: str) -> Response:
-    return _json(RequestError(problem, status=status).body(), status)
+    return error_response(RequestError(problem, status=status))
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
@@ -272,9 +269,9 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
 
 async def _on_request_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestError)
-    return _json(error.body(), error.status, RESPONSE_HEADERS.get(error.status))
+    return error_response(error)
 
 
 async def _on_error(request: Request, error: Exception) -> Response:
     """An error of this program; uvicorn logs it."""
-    return _json(RequestError("the server failed; its log has the reason", kind="server_error").body(), 500)
+    return error_response(RequestError("the server failed; its log has the reason", status=500, kind="server_error"))

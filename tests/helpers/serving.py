@@ -12,8 +12,9 @@ from rlhf_lightning.serving.local import BatchSampler
 from rlhf_lightning.serving.requests import RequestReader
 from rlhf_lightning.serving.sampling import Load, ResponseSampler, Row, Sampled
 from rlhf_lightning.serving.server import ApiServer
-from rlhf_lightning.web import Access
-from tests.helpers.web import running
+from rlhf_lightning.serving.shutdown import ApiHttpServer, Shutdown
+from rlhf_lightning.web import Access, server_config
+from tests.helpers.web import started
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Served:
     policy: Policy
     sampler: ModelSampler
     batch: BatchSampler
+    http: ApiHttpServer
 
     @property
     def engine(self) -> LocalEngine:
@@ -37,7 +39,12 @@ def reader_of(policy: Policy, sampler: ModelSampler) -> RequestReader:
 
 @contextmanager
 def serving(
-    policy: Policy, access: Access | None = None, slots: int = 4, max_waiting: int = 8, max_tokens: int = 16
+    policy: Policy,
+    access: Access | None = None,
+    slots: int = 4,
+    max_waiting: int = 8,
+    max_tokens: int = 16,
+    grace: float = 5,
 ) -> Iterator[Served]:
     """Serve a model in a thread."""
     sampler = Sampler(max_tokens, slots=slots).build(policy.model, policy.renderer)
@@ -45,8 +52,10 @@ def serving(
     batch = BatchSampler(sampler.engine, max_waiting)
     batch.start()
     try:
-        with running(ApiServer(reader_of(policy, sampler), batch, access or Access()).app()) as address:
-            yield Served(f"{address}v1", policy, sampler, batch)
+        api = ApiServer(reader_of(policy, sampler), batch, access or Access(), shutdown=Shutdown(grace))
+        http = ApiHttpServer(server_config(api.app()), api.shutdown)
+        with started(http) as address:
+            yield Served(f"{address}v1", policy, sampler, batch, http)
     finally:
         batch.stop()
 
@@ -79,5 +88,6 @@ class Scripted:
 def scripted(policy: Policy, sampler: ResponseSampler, checks: Filter | None = None) -> Iterator[str]:
     """Serve given responses in a thread; yields the URL."""
     settings = Sampler(16).build(policy.model, policy.renderer)
-    with running(ApiServer(reader_of(policy, settings), sampler, filter=checks).app()) as address:
+    api = ApiServer(reader_of(policy, settings), sampler, filter=checks)
+    with started(ApiHttpServer(server_config(api.app()), api.shutdown)) as address:
         yield f"{address}v1"

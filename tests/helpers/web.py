@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import uvicorn
 from starlette.applications import Starlette
 
 from rlhf_lightning.web import address_of, bound, web_server
@@ -13,8 +14,14 @@ from rlhf_lightning.web import address_of, bound, web_server
 @contextmanager
 def running(app: Starlette) -> Iterator[str]:
     """Serve an application on a free port; yields the address."""
+    with started(web_server(app)) as address:
+        yield address
+
+
+@contextmanager
+def started(server: uvicorn.Server) -> Iterator[str]:
+    """Start a server on a free port; yields the address."""
     with bound("127.0.0.1", 0) as place:
-        server = web_server(app)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [place]})
         thread.start()
         while not server.started:

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -418,6 +420,61 @@ def test_too_many_requests_and_clients_that_leave(policy: Policy, monkeypatch: p
             chat(asked, max_tokens=2, temperature=0).choices[0].message.content
             == (expected(served, "Hello", max_tokens=2, temperature=0.0)[0])
         )
+
+
+def test_shutdown_ends_answers_with_an_error(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A stream and a waiting request get the error while a forward pass runs, and the client does not ask again."""
+    step, stuck, released = LocalEngine.step, threading.Event(), threading.Event()
+
+    def sticks(self: LocalEngine, *args: Any) -> Any:
+        if args[0].width > 20:
+            stuck.set()
+            released.wait(30)
+        return step(self, *args)
+
+    monkeypatch.setattr(LocalEngine, "step", sticks)
+    with serving(policy, max_tokens=100, grace=0.3) as served, ThreadPoolExecutor() as clients:
+        stream = clients.submit(lambda: list(chat(client(served.url), stream=True, extra_body={"min_tokens": 90})))
+        assert stuck.wait(20)
+        patient = client(served.url).with_options(max_retries=2)
+        plain = clients.submit(lambda: chat(patient))
+        until(lambda: served.batch.load.waiting == 1)
+        served.http.should_exit = True
+        try:
+            with pytest.raises(openai.APIError, match="the server is shutting down"):
+                stream.result(10)
+            with pytest.raises(openai.InternalServerError, match="503 - the server is shutting down") as found:
+                plain.result(10)
+            with pytest.raises(openai.APIConnectionError):
+                chat(client(served.url))
+        finally:
+            released.set()
+    assert found.value.body == {
+        "message": "the server is shutting down", "type": "server_error", "param": None, "code": None
+    }  # fmt: skip
+    assert [record.getMessage() for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == [
+        "shutting down: running requests have 0.3 s to finish"
+    ]
+
+
+def test_answers_finish_during_a_shutdown(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    step, begun, released = LocalEngine.step, threading.Event(), threading.Event()
+
+    def held(self: LocalEngine, *args: Any) -> Any:
+        begun.set()
+        released.wait(30)
+        return step(self, *args)
+
+    monkeypatch.setattr(LocalEngine, "step", held)
+    with serving(policy) as served, ThreadPoolExecutor() as clients:
+        answer = clients.submit(lambda: chat(client(served.url), seed=5, max_tokens=8))
+        assert begun.wait(20)
+        served.http.should_exit = True
+        until(lambda: served.http.ending.begun.is_set())
+        released.set()
+        assert answer.result(10).choices[0].message.content == expected(served, "Hello", 5, max_tokens=8)[0]
 
 
 def test_failures_of_the_engine(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
