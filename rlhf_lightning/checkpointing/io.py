@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
 
+from rlhf_lightning.checkpointing.quantized_state import as_plain, as_quantized
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import read_object, replacing, scratch_of, write_json
 from rlhf_lightning.rank_watch import undisturbed
@@ -62,6 +63,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             UserError: If the disk is full or the folder cannot be written to.
         """
+        if "optimizer_states" in checkpoint:
+            checkpoint = {**checkpoint, "optimizer_states": as_plain(checkpoint["optimizer_states"])}
         if "://" in str(path) or storage_options is not None:
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -97,7 +100,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             DamagedCheckpoint: If the file was truncated or altered.
-            UserError: If the file is not a checkpoint of a Lightning run.
+            UserError: If the file is not a checkpoint of a Lightning run, or if it needs torchao, which is missing.
         """
         if "://" not in str(path) and Path(path).is_file() and (found := damage(Path(path))):
             raise DamagedCheckpoint(f"{path}: the checkpoint is damaged ({found}); use an earlier one, or start over")
@@ -114,6 +117,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return state  # bare weights, which Lightning's forking launcher uses to return what its processes trained
         if not (isinstance(state, dict) and isinstance(state.get("state_dict"), dict) and VERSION in state):
             raise UserError(f"{path}: not a checkpoint of a Lightning run; give one from runs/NAME/checkpoints")
+        if "optimizer_states" in state:
+            state["optimizer_states"] = as_quantized(state["optimizer_states"])
         return state
 
 
