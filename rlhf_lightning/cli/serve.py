@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import ExitStack
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from rlhf_lightning.cli.filter_flag import add_filter_flag, filter_of
@@ -9,16 +10,22 @@ from rlhf_lightning.cli.options import Parser, add_weight_flags, check_options, 
 from rlhf_lightning.cli.rendering_flags import (
     add_rendering_flags,
     add_sampling_flags,
+    json_object,
     rendering_options,
     sampling_of,
     say,
 )
 from rlhf_lightning.cli.web_flags import access_of, add_web_flags, check_port, reachable
 from rlhf_lightning.errors import ConfigError, check_whole, missing_package
+from rlhf_lightning.types import JSON
 
 if TYPE_CHECKING:
+    from rlhf_lightning.evaluation.policy import Policy
+    from rlhf_lightning.generation.sampler import ModelSampler
     from rlhf_lightning.serving.local import BatchSampler
     from rlhf_lightning.serving.requests import RequestReader
+    from rlhf_lightning.serving.threaded import ThreadSampler
+    from rlhf_lightning.serving.vllm import VLLMSampler
     from rlhf_lightning.web import Access
 
 TOKEN = "RLHF_SERVE_TOKEN"
@@ -59,32 +66,56 @@ def _check(options: argparse.Namespace) -> None:
     check_whole("--max_waiting", options.max_waiting, 0)
     if options.max_length is not None:
         check_whole("--max_length", options.max_length)
+    if options.engine == "vllm" and options.device is not None:
+        raise ConfigError("--device: vLLM chooses the device itself; leave it out with --engine vllm")
+    if options.engine != "vllm" and options.vllm_options is not None:
+        raise ConfigError("--vllm_options are arguments of vLLM; add --engine vllm")
+    _vllm_options(options)
+    if options.engine == "vllm" and find_spec("vllm") is None:
+        raise ConfigError("--engine vllm needs the package vllm; docs/engines.md says how to install it")
 
 
-def _load(options: argparse.Namespace) -> "tuple[RequestReader, BatchSampler]":
+def _load(options: argparse.Namespace) -> "tuple[RequestReader, ThreadSampler]":
     """The model, ready to answer."""
     from rlhf_lightning.evaluation.policy import Policy
-    from rlhf_lightning.generation.local_engine import LocalEngine
     from rlhf_lightning.generation.sampler import Sampler
-    from rlhf_lightning.serving.local import BatchSampler
     from rlhf_lightning.serving.requests import RequestReader
 
-    policy = Policy(options.model, options.dtype, device_of(options.device), rendering_options(options))
+    is_vllm = options.engine == "vllm"
+    device = "cpu" if is_vllm else device_of(options.device)
+    policy = Policy(options.model, options.dtype, device, rendering_options(options))
     sampling, said = sampling_of(options, options.model, policy.sampled)
     say(policy.asking.describe(), said)
     settings = Sampler(options.max_tokens, slots=options.slots, **sampling)
     sampler = settings.build(policy.model, policy.renderer)
-    assert isinstance(sampler.engine, LocalEngine)  # no other one is configured
     length = options.max_length or policy.context or UNLIMITED
     if policy.context and length > policy.context:
         raise ConfigError(f"--max_length is {length}, but the model has only {policy.context} positions; lower it")
-    reader = RequestReader(
-        options.name or options.model, policy.renderer, sampler.params, sampler.engine.backbone.vocabulary, length
-    )
+    vocabulary = policy.token_logprobs.backbone.vocabulary
+    reader = RequestReader(options.name or options.model, policy.renderer, sampler.params, vocabulary, length)
+    return reader, _vllm(options, policy, length) if is_vllm else _local(options, sampler, length)
+
+
+def _local(options: argparse.Namespace, sampler: "ModelSampler", length: int) -> "BatchSampler":
+    from rlhf_lightning.generation.local_engine import LocalEngine
+    from rlhf_lightning.serving.local import BatchSampler
+
+    assert isinstance(sampler.engine, LocalEngine)  # no other one is configured
     # The numerical check takes seconds; the first client should not wait for it.
     with sampler.engine.decoding(min(length, 2 * options.max_tokens)):
         pass
-    return reader, BatchSampler(sampler.engine, options.max_waiting)
+    return BatchSampler(sampler.engine, options.max_waiting)
+
+
+def _vllm(options: argparse.Namespace, policy: "Policy", length: int) -> "VLLMSampler":
+    from rlhf_lightning.serving.vllm import VLLMSampler, load_vllm
+
+    engine = load_vllm(policy, options.dtype, length, options.slots, _vllm_options(options))
+    return VLLMSampler(engine, options.slots, options.max_waiting)
+
+
+def _vllm_options(options: argparse.Namespace) -> dict[str, JSON]:
+    return json_object("--vllm_options", options.vllm_options or "{}", '{"enforce_eager": true}')
 
 
 UNLIMITED = 2**17
@@ -110,6 +141,16 @@ def _parse(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("model", help="folder, Hub id or GGUF file of a causal language model, or an adapter")
     parser.add_argument("--name", help="name by which requests ask for the model (default: MODEL as given)")
+    parser.add_argument(
+        "--engine",
+        choices=("built-in", "vllm"),
+        default="built-in",
+        help="what samples: this package's sampler, or vLLM in this process (default: built-in)",
+    )
+    parser.add_argument(
+        "--vllm_options",
+        help="""further arguments of vllm.LLM as JSON, for example '{"gpu_memory_utilization": 0.5}'""",
+    )
     parser.add_argument("--slots", type=int, default=16, help="responses sampled at the same time (default: 16)")
     parser.add_argument(
         "--max_waiting",

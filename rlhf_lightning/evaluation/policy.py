@@ -60,7 +60,7 @@ class Policy:
     ) -> None:
         loaded = LanguageModel(source, dtype, asked).to(device)
         self.tokenizer, self.asking, self.renderer = loaded.tokenizer, loaded.asking, loaded.renderer
-        self.model = loaded.model
+        self.model, self.folder = loaded.model, loaded.folder
         self.token_logprobs = TokenLogprobs(self.model)
         self.sampled = sampling_settings(loaded.folder, self.model)
         """Those of `temperature`, `top_p`, `top_k` and `min_p` that the generation config sets."""

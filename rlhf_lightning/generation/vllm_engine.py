@@ -179,7 +179,7 @@ class VLLMEngine(EngineSettings):
                     enable_prefix_caching=True,
                     **options,
                 )
-        except (OSError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, TypeError, ValueError) as error:  # TypeError: an option that it does not know
             raise ConfigError(
                 f"sampler.engine: vLLM cannot load the model {self.model}: {first_line(error)}"
             ) from error

@@ -12,6 +12,8 @@ from rlhf_lightning.types import JSON, Completion
 log = logging.getLogger(__name__)
 TESTED = (0, 32)
 """Release of vLLM that the conformance tests run with; earlier ones load weights differently."""
+ENDS = ("stop", "length")
+"""Why vLLM ends a response; its other reasons are failures."""
 UNKNOWN = -9999.0
 """What vLLM reports for a log-probability that is minus infinity or not a number."""
 
@@ -92,7 +94,7 @@ def completion(
     Raises:
         RuntimeError: If vLLM ended it for another reason than a stop or its length.
     """
-    if finish_reason not in ("stop", "length"):
+    if finish_reason not in ENDS:
         raise RuntimeError(f"vLLM ended a response with {finish_reason!r}")
     found = Completion()
     for token, logprob in zip(ids, logprobs, strict=True):

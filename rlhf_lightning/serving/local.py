@@ -1,56 +1,15 @@
 """Sampling for a server with the built-in engine: one batch that requests join and leave while it runs."""
 
-import asyncio
-import logging
-import threading
-from collections import deque
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
-
 from rlhf_lightning.generation.hf_generate import generate
 from rlhf_lightning.generation.local_engine import BatchRow, LocalEngine, SlotBatch
-from rlhf_lightning.serving.fields import RequestError
-from rlhf_lightning.serving.sampling import Load, Row, Sampled
-
-log = logging.getLogger(__name__)
-
-
-FAILED = RequestError("sampling failed; the server's log has the reason", status=500, kind="server_error")
+from rlhf_lightning.serving.threaded import Job, ThreadSampler
 
 
 class _Cancelled(Exception):
     """The client of the row that is sampled is gone."""
 
 
-@dataclass(eq=False)
-class _Job:
-    """A row that is sampled for a request."""
-
-    index: int
-    row: BatchRow
-    loop: asyncio.AbstractEventLoop
-    queue: "asyncio.Queue[Sampled | RequestError]"
-    sent: int = 0
-    """Number of tokens that the request has received."""
-    cancelled: bool = False
-
-    def send(self, item: Sampled | RequestError) -> None:
-        """Pass something to the request, from the sampling thread."""
-        try:
-            self.loop.call_soon_threadsafe(self.queue.put_nowait, item)
-        except RuntimeError:
-            if not self.loop.is_closed():  # the server has ended
-                raise
-
-    def report(self) -> None:
-        """Pass on the tokens that are new."""
-        ids, logprobs = self.row.completion.ids[self.sent :], self.row.completion.logprobs[self.sent :]
-        if ids and not self.cancelled:
-            self.sent += len(ids)
-            self.send(Sampled(self.index, ids, logprobs, self.row.completion.stop_reason if self.row.ended else None))
-
-
-class BatchSampler:
+class BatchSampler(ThreadSampler):
     """Samples the responses of all requests in one thread, as rows of one batch.
 
     A model that is sampled with its own `generate` answers one response after the other.
@@ -68,128 +27,21 @@ class BatchSampler:
     """
 
     def __init__(self, engine: LocalEngine, max_waiting: int = 64) -> None:
-        self.engine, self.max_waiting = engine, max_waiting
-        self._waiting: deque[_Job] = deque()
-        self._active: list[_Job] = []
-        self._changed = threading.Condition()
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="sampling")
+        super().__init__(engine.slots, max_waiting)
+        self.engine = engine
 
-    def start(self) -> None:
-        """Begin to sample."""
-        self._thread.start()
+    def _sample(self, job: Job) -> None:
+        with self.engine.decoding(job.row.limit) as in_slots:
+            if in_slots:
+                self._run_batch(job, SlotBatch(self.engine, eager=True))
+            else:
+                self._run_alone(job)
 
-    def stop(self) -> None:
-        """End the thread after its current step."""
-        with self._changed:
-            self._stopping = True
-            self._changed.notify()
-        self._thread.join()
+    def _may_join(self, row: BatchRow) -> bool:
+        """A row whose length is not checked yet waits until the batch is empty."""
+        return row.limit <= self.engine.packed_forward.checked_length
 
-    @property
-    def load(self) -> Load:
-        """How much there is to do."""
-        return Load(len(self._active), len(self._waiting))
-
-    async def sample(self, rows: Sequence[Row]) -> AsyncGenerator[Sampled, None]:
-        """Sample responses. They are cancelled when the iteration is closed.
-
-        Args:
-            rows: The responses.
-
-        Yields:
-            New tokens of one of them.
-
-        Raises:
-            RequestError: If too many responses wait.
-        """
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Sampled | RequestError]()
-        jobs = [
-            _Job(index, BatchRow(tuple(ids), params, seed), loop, queue)
-            for index, (ids, params, seed) in enumerate(rows)
-        ]
-        self._add(jobs)
-        try:
-            left = len(jobs)
-            while left:
-                item = await queue.get()
-                if isinstance(item, RequestError):
-                    raise item
-                left -= item.finish_reason is not None
-                yield item
-        finally:
-            self._cancel(jobs)
-
-    def _add(self, jobs: Sequence[_Job]) -> None:
-        with self._changed:
-            if self._stopping:
-                raise RequestError("the server is shutting down", status=503, kind="server_error")
-            # A request with more responses than may wait is taken if nobody else waits.
-            if self._waiting and len(self._waiting) + len(jobs) > self.max_waiting:
-                raise RequestError(
-                    f"{len(self._waiting)} responses are waiting already; try again later",
-                    code="rate_limit_exceeded",
-                    status=429,
-                    kind="rate_limit_error",
-                )
-            self._waiting.extend(jobs)
-            self._changed.notify()
-
-    def _cancel(self, jobs: Sequence[_Job]) -> None:
-        with self._changed:
-            for job in jobs:
-                job.cancelled = True
-                if job in self._waiting:
-                    self._waiting.remove(job)
-
-    # -- in the thread ------------------------------------------------------------------------------------------------
-
-    def _run(self) -> None:
-        while (job := self._next()) is not None:
-            self._active.append(job)
-            try:
-                with self.engine.decoding(job.row.limit) as in_slots:
-                    if in_slots:
-                        self._run_batch(job)
-                    else:
-                        self._run_alone(job)
-            except Exception:
-                log.exception("sampling failed")
-                for one in self._active:
-                    one.send(FAILED)
-            self._active.clear()
-
-    def _next(self) -> _Job | None:
-        """Wait for a job; None if the thread ends."""
-        with self._changed:
-            while not self._waiting and not self._stopping:
-                self._changed.wait()
-            return None if self._stopping else self._waiting.popleft()
-
-    def _take(self, most: int) -> list[_Job]:
-        """The next waiting jobs, up to the first whose length is not checked yet: it waits until the batch is empty."""
-        taken: list[_Job] = []
-        with self._changed:
-            checked = self.engine.packed_forward.checked_length
-            while not self._stopping and self._waiting and len(taken) < most and self._waiting[0].row.limit <= checked:
-                taken.append(self._waiting.popleft())
-        return taken
-
-    def _run_batch(self, first: _Job) -> None:
-        """Sample until no job is left that may join the batch."""
-        batch = SlotBatch(self.engine, eager=True)
-        batch.add(first.row)
-        while batch.step():
-            for job in self._active:
-                job.report()
-            for job in [job for job in self._active if job.cancelled or job.row.ended or self._stopping]:
-                batch.cancel(job.row)
-                self._active.remove(job)
-            for job in self._take(self.engine.slots - len(self._active)):
-                batch.add(job.row)
-                self._active.append(job)
-
-    def _run_alone(self, job: _Job) -> None:
+    def _run_alone(self, job: Job) -> None:
         """Sample a job with the model's own `generate`."""
         row = job.row
 

@@ -53,7 +53,10 @@ class Asked:
     def rows(self) -> list[Row]:
         """The responses; those to the first prompt first."""
         pairs = [pair for pair in zip(self.prompts, self.params, strict=True) for _ in range(self.n)]
-        return [Row(prompt, params, (self.seed + 1_000_003 * i) % SEEDS) for i, (prompt, params) in enumerate(pairs)]
+        return [
+            Row(prompt, params, (self.seed + 1_000_003 * i) % SEEDS, self.logprobs)
+            for i, (prompt, params) in enumerate(pairs)
+        ]
 
 
 @dataclass(frozen=True)

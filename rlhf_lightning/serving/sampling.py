@@ -14,6 +14,8 @@ class Row(NamedTuple):
     """Token ids of its prompt."""
     params: SamplingParams
     seed: int
+    logprobs: bool = False
+    """True if the client gets the log-probabilities."""
 
 
 class Load(NamedTuple):
