@@ -25,7 +25,7 @@ ROOMS = [
     {"models"},
     {"pipeline", "environments"},
     {"report", "data"},
-    {"distributed", "gguf", "untrusted", "rank_watch", "run_folder", "yaml_files", "web"},
+    {"distributed", "gguf", "untrusted", "rank_watch", "run_folder", "yaml_files", "web", "text_search"},
     {"files", "objectives", "sys_exit"},
     {"errors", "settings", "types"},
 ]

@@ -11,12 +11,11 @@ import regex
 
 from rlhf_lightning.environments.user_calls import check_limit
 from rlhf_lightning.errors import ConfigError, UserError, check_dtype, check_whole, first_line, short
-from rlhf_lightning.files import is_file
-from rlhf_lightning.filtering.normalization import Normalizer
-from rlhf_lightning.filtering.terms import TermIndex
 from rlhf_lightning.rewards.base import check_finite
 from rlhf_lightning.rewards.judge import SYSTEM, fenced, schema
 from rlhf_lightning.rewards.judge_client import Judge, Question
+from rlhf_lightning.text_search.normalization import Normalizer
+from rlhf_lightning.text_search.terms import TermSearch, is_term, read_terms
 from rlhf_lightning.types import FILTER_ACTIONS, JSON
 
 log = logging.getLogger(__name__)
@@ -187,13 +186,9 @@ class Terms(Rule):
         self.require(bool(terms), "it has no terms; give terms, or a file with a term on each line")
         for term in terms:
             self.require(
-                isinstance(term, str) and bool(self._normalizer.normalized(term).strip()),
+                isinstance(term, str) and is_term(term),
                 f"the term {term!r} is empty or not a text; remove it, or put it between quotes",
             )
-
-    @property
-    def _normalizer(self) -> Normalizer:
-        return Normalizer(self.ignore_case, join_space=True)
 
     @property
     def files(self) -> list[Path]:
@@ -201,30 +196,13 @@ class Terms(Rule):
 
     def all_terms(self) -> list[str]:
         """The terms, with those of the file."""
-        return [*self.terms, *self._lines()]
-
-    def _lines(self) -> list[str]:
-        for path in self.files:
-            try:
-                is_file(path)
-                return [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"the rule {self.name}: the file of terms {path} cannot be read: {error}") from None
-        return []
+        return [*self.terms, *(read_terms(self.file, f"the rule {self.name}") if self.file else [])]
 
     def build(self) -> Matcher:
-        normalizer = self._normalizer
-        terms = [normalizer.normalized(term).strip() for term in self.all_terms()]
-        index = TermIndex(terms, self.whole_words)
+        search = TermSearch(self.all_terms(), self.ignore_case, self.whole_words)
 
         def find(texts: Sequence[FilterText]) -> list[list[Found]]:
-            return [
-                [
-                    Found(one.text[slice(*normalizer.span(one.text, *span))])
-                    for span in index.find(normalizer.normalized(one.text))
-                ]
-                for one in texts
-            ]
+            return [[Found(one.text[slice(*span)]) for span in search.find(one.text)] for one in texts]
 
         return find
 

@@ -1,12 +1,10 @@
 """Rewards for words: keywords that should appear, and terms that must not."""
 
-import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from rlhf_lightning.errors import ConfigError, check_whole
-from rlhf_lightning.files import is_file
 from rlhf_lightning.rewards.base import Reward, check_finite
+from rlhf_lightning.text_search.terms import TermSearch, is_term, read_terms
 from rlhf_lightning.types import Episode, Row
 
 
@@ -67,8 +65,8 @@ class KeywordReward(Reward):
 class BlockedTerms(Reward):
     """Safety term: `penalty` for an episode in which the policy uses a blocked term, else 0.
 
-    Terms match whole words, ignoring case; whitespace in a term matches any whitespace. All of the policy's messages
-    are searched.
+    Terms match as those of a filter do (`rlhf_lightning.filtering.Terms`): whole words in any case, whatever the white
+    space between words and the spelling in Unicode. All of the policy's messages are searched.
 
     Args:
         terms: The terms.
@@ -105,17 +103,15 @@ class BlockedTerms(Reward):
             raise ConfigError(f"the penalty of the reward {self.name} is {penalty}; it must be below 0")
         if isinstance(terms, str):
             raise ConfigError(f"the reward {self.name}: terms is {terms!r}; it must be a list")
-        listed = [*(terms or []), *(_lines(file) if file else [])]
-        if not listed or not all(isinstance(term, str) and term.strip() for term in listed):
+        listed = [*(terms or []), *(read_terms(file, f"the reward {self.name}") if file else [])]
+        if not listed or not all(isinstance(term, str) and is_term(term) for term in listed):
             raise ConfigError(f"the reward {self.name} needs terms, none of them empty. Set terms or file")
         self.penalty = penalty
         self.terms = listed
-        longest_first = sorted(set(listed), key=lambda term: (-len(term), term))
-        words = "|".join(r"\s+".join(re.escape(word) for word in term.split()) for term in longest_first)
-        self.pattern = re.compile(rf"(?<!\w)(?:{words})(?!\w)", re.IGNORECASE)
+        self._search = TermSearch(listed)
 
     def score_one(self, episode: Episode) -> float:
-        return self.penalty if any(self.pattern.search(text) for text in self.texts(episode)) else 0.0
+        return self.penalty if any(self._search.occurs(text) for text in self.texts(episode)) else 0.0
 
     def check_hidden(self, texts: Sequence[str], rows: Sequence[tuple[Row, str]] = ()) -> None:
         _refuse_hidden(self, "terms", self.terms, texts)
@@ -126,13 +122,3 @@ def _refuse_hidden(reward: Reward, setting: str, words: Sequence[str], texts: Se
     for word in words:
         found = next((text for text in texts if text.lower() in word.lower()), None)
         reward.refuse_hidden(f"{word!r} of its {setting}", found)
-
-
-def _lines(file: str) -> list[str]:
-    """The nonempty lines of a file of terms."""
-    try:
-        is_file(file)
-        text = Path(file).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the file of blocked terms {file} cannot be read: {error}") from error
-    return [line.strip() for line in text.splitlines() if line.strip()]

@@ -12,9 +12,9 @@ import torch
 
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.filtering import Classifier, FilterRules, FilterText, JudgeRule, Pattern, Rule, Terms, read_rules
-from rlhf_lightning.filtering.normalization import Normalizer
-from rlhf_lightning.filtering.terms import TermIndex
 from rlhf_lightning.rewards import Judge
+from rlhf_lightning.text_search.normalization import Normalizer
+from rlhf_lightning.text_search.terms import TermIndex
 from tests.helpers.docs import ROOT, blocks
 from tests.helpers.judge_server import Asked, Refusal, serving
 from tests.helpers.models import build_model

@@ -246,8 +246,8 @@ def test_regular_expressions() -> None:
 def test_blocked_terms_match_whole_words_in_all_turns(tmp_path: Path) -> None:
     (tmp_path / "terms.txt").write_text("pipe bomb\n\nc++\n")
     reward = BlockedTerms(["ass"], str(tmp_path / "terms.txt"), penalty=-2.0)
-    texts = ["an ASS.", "class assess", "Pipe\n bomb", "pipebomb", "I like C++", "fine", "ass_"]
-    assert reward.score([said(text) for text in texts]) == [-2.0, 0.0, -2.0, 0.0, -2.0, 0.0, 0.0]
+    texts = ["an ASS.", "class assess", "Pipe\n bomb", "pipebomb", "I like C++", "fine", "_ass_", "a\u200bss", "ＡＳＳ"]
+    assert reward.score([said(text) for text in texts]) == [-2.0, 0, -2.0, 0, -2.0, 0, -2.0, -2.0, -2.0]
     earlier = said("ass")
     earlier.responses += [{"role": "user", "content": "go on"}, {"role": "assistant", "content": "fine"}]
     theirs = said("fine")

@@ -3,8 +3,13 @@
 import unicodedata
 from collections import deque
 from collections.abc import Iterable
+from pathlib import Path
 
 import regex
+
+from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.files import is_file
+from rlhf_lightning.text_search.normalization import Normalizer
 
 _SCRIPTS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}]"
 _UNSPACED = regex.compile(_SCRIPTS)
@@ -84,3 +89,66 @@ def _is_limit(text: str, place: int) -> bool:
     """True if no word continues from the character before a place to the one after it."""
     sides = text[place - 1 : place], text[place : place + 1]
     return not all(side and unicodedata.category(side)[0] in "LMN" and not _UNSPACED.match(side) for side in sides)
+
+
+class TermSearch:
+    """Searches texts for terms, whatever the white space between words and the spelling in Unicode (see `Normalizer`).
+
+    Args:
+        terms: The terms.
+        ignore_case: Find them in any case.
+        whole_words: Do not find them within longer words.
+
+    Example:
+        >>> TermSearch(["credit card"]).find("My CREDIT  card. My credit cards.")
+        [(3, 15)]
+    """
+
+    def __init__(self, terms: Iterable[str], ignore_case: bool = True, whole_words: bool = True) -> None:
+        self._normalizer = Normalizer(ignore_case, join_space=True)
+        self._index = TermIndex([self._normalizer.normalized(term).strip() for term in terms], whole_words)
+
+    def find(self, text: str) -> list[tuple[int, int]]:
+        """Start and end of each term in a text; see `TermIndex.find`.
+
+        Args:
+            text: The text.
+        """
+        spans = self._index.find(self._normalizer.normalized(text))
+        return [self._normalizer.span(text, *span) for span in spans]
+
+    def occurs(self, text: str) -> bool:
+        """True if a term occurs in a text.
+
+        Args:
+            text: The text.
+        """
+        return bool(self._index.find(self._normalizer.normalized(text)))
+
+
+def is_term(term: str) -> bool:
+    """True if something of a term is left to search for.
+
+    Args:
+        term: The term.
+    """
+    return bool(Normalizer(fold_case=False, join_space=True).normalized(term).strip())
+
+
+def read_terms(file: str | Path, owner: str) -> list[str]:
+    """The nonempty lines of a file of terms.
+
+    Args:
+        file: A text file with a term on each line.
+        owner: What has the terms, for messages.
+
+    Raises:
+        ConfigError: If the file cannot be read.
+    """
+    path = Path(file).expanduser()
+    try:
+        is_file(path)
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{owner}: the file of terms {path} cannot be read: {error}") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
