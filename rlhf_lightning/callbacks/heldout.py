@@ -6,8 +6,8 @@ import lightning.pytorch as pl
 import torch
 
 from rlhf_lightning.checkpointing.jsonl import JsonLines
-from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.prompts import Prompt
+from rlhf_lightning.data.shards import data_ranks
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import check_whole
 from rlhf_lightning.modules.policy_rl import PolicyRLModule

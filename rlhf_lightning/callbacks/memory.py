@@ -9,10 +9,10 @@ import lightning.pytorch as pl
 import torch
 
 from rlhf_lightning.checkpointing.deepspeed_strategy import DeepSpeed
-from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.preference_rows import PreferenceExample
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.data.shards import data_ranks
 from rlhf_lightning.models.lora import is_quantized
 from rlhf_lightning.models.memory import (
     activation_bytes,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
 
-from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.data.shards import data_ranks
 from rlhf_lightning.distributed import is_leader
 from rlhf_lightning.files import as_json, is_file
 

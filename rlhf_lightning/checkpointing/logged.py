@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
-from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.data.shards import data_ranks
 from rlhf_lightning.distributed import gather
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 
 from rlhf_lightning import __version__
-from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.data.shards import data_ranks
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import JSON

@@ -19,9 +19,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import ParamsT
 from torchmetrics import Metric
 
-from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings, recorded
+from rlhf_lightning.data.shards import data_ranks
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.files import FORMAT, check_format

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from rlhf_lightning.data.base import shard_spec_of
 from rlhf_lightning.data.batching import Example, MixedOrder, run_seed
 from rlhf_lightning.data.prompt_stream import StreamedPrompts
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, PromptDataModule, kept_prompts
+from rlhf_lightning.data.shards import shard_spec_of
 from rlhf_lightning.data.training_stream import TrainingStream
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_lightning.data.base import data_ranks
 from rlhf_lightning.data.records import Source
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.data.shards import data_ranks
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import replacing

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from rlhf_lightning.checkpointing.strategies import FSDP2
-from rlhf_lightning.data.base import data_ranks
+from rlhf_lightning.data.shards import data_ranks
 from rlhf_lightning.distributed import gather
 from rlhf_lightning.generation.policy_weights import PolicyWeights
 from rlhf_lightning.generation.sampler import Sampler
