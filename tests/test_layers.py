@@ -26,7 +26,7 @@ ROOMS = [
     {"pipeline", "environments"},
     {"report", "data"},
     {"distributed", "gguf", "untrusted", "rank_watch", "run_folder", "yaml_files", "web", "text_search"},
-    {"files", "objectives", "sys_exit"},
+    {"files", "imports", "objectives", "sys_exit"},
     {"errors", "settings", "types"},
 ]
 """A room imports itself and the lines below its own; on one line, only `cli` imports `quickstart`."""

@@ -34,9 +34,9 @@ from rlhf_lightning.cli.refusals import refusals, unfit_settings
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.cli.values import check_values
 from rlhf_lightning.data.row_filter import RowFilter
-from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, is_url, read_record, real_path, visible
+from rlhf_lightning.imports import imported
 from rlhf_lightning.pipeline.stage_process import parent_is_watched, watch_parent
 from rlhf_lightning.rank_watch import ranks_end_together, watch_ranks
 from rlhf_lightning.report import report_after_stage
@@ -466,7 +466,7 @@ def _row_filter(chosen: Namespace | None) -> RowFilter | None:
 
 def _callback_classes(callbacks: pl.Callback | Namespace | list[pl.Callback | Namespace] | None) -> list[type]:
     """Classes of the configured callbacks: one or a list, each an object or settings with a `class_path`."""
-    from rlhf_lightning.environments.base import imported
+    from rlhf_lightning.imports import imported
 
     listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
     paths = [getattr(one, "class_path", None) for one in listed]

@@ -168,7 +168,7 @@ def argument(name: str, known: Iterable[str]) -> str | None:
 
 def arguments(class_path: str) -> list[str]:
     """Names of a class's arguments, without `**kwargs`."""
-    from rlhf_lightning.environments.base import imported  # imported late, because it imports torch
+    from rlhf_lightning.imports import imported  # imported late, because it imports torch
 
     parameters = inspect.signature(imported(class_path, "class_path")).parameters.values()
     return [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]

@@ -74,7 +74,7 @@ def allow_user_code(texts: Iterable[str]) -> None:
 def import_scorer(path: str | None) -> None:
     """Import the user's own scorer class. Model folders may only name scorers that were imported like this."""
     if path is not None:
-        from rlhf_lightning.environments.base import imported
+        from rlhf_lightning.imports import imported
 
         imported(path, "--scorer")
 

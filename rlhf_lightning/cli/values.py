@@ -10,8 +10,8 @@ from typing import Any, Union, get_args, get_origin
 
 from jsonargparse import Namespace
 
-from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import MOST, ConfigError, check_whole
+from rlhf_lightning.imports import imported
 from rlhf_lightning.types import JSON
 
 MAY_BE_INFINITE = ("clip_high", "dual_clip", "high", "ratio_max")

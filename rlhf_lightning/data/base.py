@@ -145,11 +145,8 @@ class RowDataModule(PreparedData[ExampleT], Generic[ExampleT, BatchT]):
                 "data.streaming and data.cache are both set; stream rows once, or keep them tokenized: remove one"
             )
         self.cache = None if cache is None else Path(cache).expanduser()
-        if filter is not None and (self.streaming is not None or cache is not None):
-            raise ConfigError(
-                "data.filter decides about all rows of data.train before training, so it cannot be combined with "
-                "data.streaming or data.cache. Filter the file with rlhf filter apply, and train on the result"
-            )
+        if filter is not None and self.streaming is not None:
+            filter.check_streaming(self.streaming.workers)
         self.stream: TrainingStream[ExampleT] | None = None
         """The streamed rows of `train`, once they are opened."""
         self.validation_split, self.max_length, self.overlong = validation_split, max_length, overlong
@@ -281,7 +278,13 @@ class RowDataModule(PreparedData[ExampleT], Generic[ExampleT, BatchT]):
         """Name, number of rows and number of examples of each source that was read, for the model card."""
         counts: dict[str, JSON] = {}
         if self.stream is not None:
-            counts["train"] = {"streamed": True, "sources": self._stream_counts(self.stream)}
+            streamed: dict[str, JSON] = {"streamed": True, "sources": self._stream_counts(self.stream)}
+            if self.filter is not None and isinstance(self.train_loader, StreamLoader):
+                totals = zip(self.stream.sources, self.train_loader.totals(), strict=True)
+                streamed["filter"] = {
+                    source.name: FilterCounts.sum([one["filtered"]]).as_json() for source, one in totals
+                }
+            counts["train"] = streamed
         for name, prepared in self.prepared.items():
             if name == "predict":
                 continue

@@ -13,11 +13,12 @@ import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypedDict, overload
+from typing import TYPE_CHECKING, Generic, NamedTuple, NotRequired, Protocol, TypedDict, overload
 
 from rlhf_lightning.data.batching import ExampleT
 from rlhf_lightning.data.records import Reading, Source, fingerprint, hashed_files
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.data.row_filter import FilterTotals
 from rlhf_lightning.data.splits import Prepared, RowKey
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import locked
@@ -44,6 +45,8 @@ class Meta(TypedDict):
     categories: list[str]
     shared: Row
     """`system` and `tools` that all rows share."""
+    filter: NotRequired[dict[str, FilterTotals]]
+    """What `data.filter` found in each source, if it is set."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ from rlhf_lightning.data.records import (
 )
 from rlhf_lightning.data.rendered_data import RenderedData
 from rlhf_lightning.data.response_starts import ResponseStarts
-from rlhf_lightning.data.row_filter import FilterCounts, RowFilter, filtered
+from rlhf_lightning.data.row_filter import CountingFilter, FilterCounts, RowFilter
 from rlhf_lightning.data.row_streams import StreamedSource, Streaming
 from rlhf_lightning.data.spans import parsed, span_rows
 from rlhf_lightning.data.splits import Prepared, RowKey, hold_out, keys_of, leaks, row_key
@@ -95,6 +95,14 @@ class PreparedData(RenderedData, Generic[ExampleT]):
     def used_columns(self, name: str, data: Row) -> set[str] | None:
         """Columns that the example is made from; None if it keeps all columns."""
         return None
+
+    def _counting_filter(self, name: str) -> CountingFilter | None:
+        """The filter of a source; only `train` has one."""
+        return CountingFilter(self.filter, self.columns) if self.filter is not None and name == "train" else None
+
+    def _source_names(self) -> list[str]:
+        """Name of each source of `train`, for counts."""
+        return ["data.train"] if self.mixture is None else [one.name for one in self.mixture.sources]
 
     def stored(self, example: ExampleT) -> StoredExample:
         """The form of an example in the cache; a subclass that supports `data.cache` defines it.
@@ -192,12 +200,10 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             return
         reading = Reading()
         inner = [self.read(one, name, reading) for one in inner_sources(source)]
-        dropped = 0
-        if self.filter is not None and name == "train":
-            names = [one.name for one in self.mixture.sources] if self.mixture is not None else ["data.train"]
-            before = sum(map(len, inner))
-            inner, self.filter_counts = filtered(inner, names, self.filter, self.columns)
-            dropped = before - sum(map(len, inner))
+        counting = self._counting_filter(name)
+        if counting is not None:
+            inner = [list(counting.kept(rows, one)) for rows, one in zip(inner, self._source_names(), strict=True)]
+            self.filter_counts = counting.counts
         rows = [row for rows in inner for row in rows]
         self._truncated = 0
         if name == "train":
@@ -220,7 +226,7 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             return examples
 
         converted = convert_rows(rows, keyed, reading, self.on_bad_row, self.columns)
-        reading.rows += dropped
+        reading.rows += counting.dropped if counting is not None else 0
         refuse_unused_names(self.columns, used)
         self._record_shared()
         for index, example in enumerate(converted):
@@ -245,6 +251,11 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             self.renderer.asked, self.renderer.openings = set(), ResponseStarts()
         convert = self.converter(name, unused, used)
         keys: list[RowKey] = []
+        counting = self._counting_filter(name)
+
+        def kept(number: int) -> Iterator[LocatedRow]:
+            found = self.located(sources[number], name, reading)
+            return found if counting is None else counting.kept(found, self._source_names()[number])
 
         def keyed(data: Row) -> Sequence[ExampleT]:
             examples = convert(data)
@@ -252,8 +263,8 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             return examples
 
         def rows() -> Iterator[CachedRow[ExampleT]]:
-            for number, one in enumerate(sources):
-                for row in self.located(one, name, reading):
+            for number in range(len(sources)):
+                for row in kept(number):
                     reading.rows += 1
                     examples, skipped = convert_row(row, keyed, self.on_bad_row, self.columns)
                     if skipped is not None:
@@ -269,13 +280,17 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             self._record_shared()
             if unused:
                 log.info("%s: columns not used: %s", name, ", ".join(unused))
-            return {
+            meta: Meta = {
                 "rows": reading.rows,
                 "skipped": reading.skipped,
                 "truncated": self._truncated,
                 "categories": sorted(counted.categories),
                 "shared": self.shared,
             }
+            if counting is not None:
+                meta["rows"] += counting.dropped
+                meta["filter"] = {one: counts.totals() for one, counts in counting.counts.items()}
+            return meta
 
         check_on_bad_row(self.on_bad_row)
         facts: dict[str, JSON] = {
@@ -285,10 +300,14 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             "tokenizer": tokenizer_facts(self.renderer.tokenizer),
             "sources": [source_facts(one, name) for one in sources],
         }
+        if counting is not None and self.filter is not None:
+            facts["filter"] = self.filter.fingerprint()
         entry, found = RowCache(folder, self).entry(entry_key(facts), rows(), finish)
         self.renderer.asked = self.renderer.openings = None
         if name == "train":
             self.shared = entry.meta["shared"]
+            totals = entry.meta.get("filter", {})
+            self.filter_counts = {one: FilterCounts.sum([counts]) for one, counts in totals.items()}
         log.info("%s: tokenized rows are %s %s", name, "read from" if found else "kept in", entry.folder)
         others = [self.sources["validation"], self.sources["test"], self.validation_split or None]
         compared = name != "train" or any(one is not None for one in others)
@@ -309,6 +328,7 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             self.columns,
             self.seed,
             lambda: self._truncated,
+            self._counting_filter("train"),
         )
         self.renderer.openings = openings = ResponseStarts()
         stream.check_first()

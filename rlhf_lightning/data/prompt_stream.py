@@ -91,7 +91,7 @@ class StreamedPrompts:
             error: UserError | None = None
             for offset in range(rank.index, len(raw), rank.count):
                 try:
-                    examples, _ = stream.examples(raw[offset])
+                    examples, _ = stream.examples(stream.row(raw[offset]))
                 except UserError as found:
                     error = found
                     break

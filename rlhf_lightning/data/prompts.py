@@ -223,6 +223,11 @@ class PromptDataModule(RowDataModule[Example, PromptBatch]):
                 "data.filter reads texts, but recorded episodes (data.episodes) consist of tokens; filter the texts "
                 "before you record episodes"
             )
+        if self.filter is not None and self.streaming is not None:
+            raise ConfigError(
+                "data.filter cannot be combined with data.streaming in policy stages, whose rounds take a known number "
+                "of rows; leave out data.streaming, or filter the file once with rlhf filter apply"
+            )
         self.lines = lines
         for name, value in (
             ("prompts_per_round", prompts_per_round),

@@ -2,16 +2,21 @@
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from functools import cached_property
+from itertools import islice
+from typing import Protocol, TypedDict
 
 from rlhf_lightning.data.records import LocatedRow
 from rlhf_lightning.errors import DataError
+from rlhf_lightning.imports import imported
 from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import JSON, FilterDecision
 
 log = logging.getLogger(__name__)
+CHUNK = 512
+"""Number of rows that are decided together."""
 
 
 class RowDecider(Protocol):
@@ -41,6 +46,41 @@ class RowFilter(Settings):
         """SHA-256 of everything that its decisions depend on, so that a run is not resumed with another filter."""
         raise NotImplementedError(f"{type(self).__name__} does not implement fingerprint")
 
+    def check_streaming(self, workers: int) -> None:
+        """Raise `ConfigError` if the filter cannot decide about streamed rows, one at a time and again after a resume.
+
+        Args:
+            workers: Number of forked processes per rank that read rows; 0 if the training process does.
+        """
+
+
+def filter_fingerprint(chosen: JSON) -> str | None:
+    """The fingerprint of the filter that a config names; None without one.
+
+    Args:
+        chosen: The value of `data.filter`, with `class_path` and `init_args`.
+
+    Raises:
+        ConfigError: If the filter cannot be made.
+    """
+    if not chosen:
+        return None
+    settings = chosen if isinstance(chosen, dict) else {"class_path": chosen}
+    arguments = settings.get("init_args")
+    made: RowFilter = imported(str(settings.get("class_path")), "data.filter")(
+        **(arguments if isinstance(arguments, dict) else {})
+    )
+    return made.fingerprint()
+
+
+class FilterTotals(TypedDict):
+    """What a filter found in a source, as plain values for records and checkpoints; see `FilterCounts`."""
+
+    rows: int
+    marked: int
+    dropped: int
+    rules: dict[str, int]
+
 
 @dataclass
 class FilterCounts:
@@ -48,79 +88,126 @@ class FilterCounts:
 
     Args:
         rows: Number of rows that it looked at.
+        marked: Number of rows that are kept although a rule matches.
+        dropped: Number of rows that are left out.
+        rules: Number of rows by rule; a row counts for each rule that it matches.
 
     Example:
-        >>> FilterCounts(rows=10).kept
-        10
+        >>> FilterCounts(rows=10, dropped=3).kept
+        7
     """
 
     rows: int = 0
-    actions: Counter[str] = field(default_factory=Counter)
-    """Number of rows by action; `pass` is not counted."""
+    marked: int = 0
+    dropped: int = 0
     rules: Counter[str] = field(default_factory=Counter)
-    """Number of rows by rule; a row counts for each rule that it matches."""
 
     @property
     def kept(self) -> int:
-        """Number of rows that are not removed."""
-        return self.rows - self.actions["drop"] - self.actions["block"]
+        """Number of rows that are not left out."""
+        return self.rows - self.dropped
+
+    @classmethod
+    def sum(cls, totals: "Iterable[FilterTotals]") -> "FilterCounts":
+        """The counts of several readers of a source.
+
+        Args:
+            totals: The counts of each.
+        """
+        found = cls()
+        for one in totals:
+            found.rows, found.marked = found.rows + one["rows"], found.marked + one["marked"]
+            found.dropped += one["dropped"]
+            found.rules.update(one["rules"])
+        return found
 
     def add(self, decision: FilterDecision) -> None:
         """Count a row."""
         self.rows += 1
         self.rules.update(decision.rules)
-        if decision.matches:
-            self.actions[decision.action] += 1
+        self.dropped += decision.action == "drop"
+        self.marked += bool(decision.matches) and decision.action == "mark"
 
     def __str__(self) -> str:
         rules = "".join(f"; rule {rule}: {count}" for rule, count in self.rules.items())
-        return f"{self.rows} rows, {self.actions['drop']} dropped, {self.actions['mark']} marked{rules}"
+        return f"{self.rows} rows, {self.dropped} dropped, {self.marked} marked{rules}"
+
+    def totals(self) -> FilterTotals:
+        """The counts as plain values."""
+        return {"rows": self.rows, "marked": self.marked, "dropped": self.dropped, "rules": dict(self.rules)}
 
     def as_json(self) -> dict[str, JSON]:
         """The counts, for records and the model card."""
         rules: dict[str, JSON] = {**self.rules}
-        return {"rows": self.rows, "marked": self.actions["mark"], "dropped": self.actions["drop"], "rules": rules}
+        return {"rows": self.rows, "marked": self.marked, "dropped": self.dropped, "rules": rules}
 
 
-def filtered(
-    sources: Sequence[Sequence[LocatedRow]],
-    names: Sequence[str],
-    row_filter: RowFilter,
-    columns: Mapping[str, str | None] | None,
-) -> tuple[list[list[LocatedRow]], dict[str, FilterCounts]]:
-    """Leave out the rows that a filter drops.
+class CountingFilter:
+    """A filter at work: it leaves out rows of the sources of `data.train`, and counts them.
 
     Args:
-        sources: The rows of each source.
-        names: Name of each source.
         row_filter: The filter.
         columns: `data.columns`.
 
-    Returns:
-        The other rows of each source, and the counts by source.
+    Attributes:
+        counts: What it found in each source, by name.
 
-    Raises:
-        DataError: If a row is blocked, or a source has no row left.
+    Example:
+        >>> counting = CountingFilter(RuleFilter("rules.yaml"), columns=None)  # doctest: +SKIP
+        >>> rows = list(counting.kept(rows, "data.train"))  # doctest: +SKIP
     """
-    decider = row_filter.build()
-    kept: list[list[LocatedRow]] = []
-    counted: dict[str, FilterCounts] = {}
-    for name, rows in zip(names, sources, strict=True):
-        counts, dropped = FilterCounts(), ""
-        kept.append([])
-        for row, decision in zip(rows, decider.decide(rows, columns), strict=True):
-            counts.add(decision)
+
+    def __init__(self, row_filter: RowFilter, columns: Mapping[str, str | None] | None) -> None:
+        self._filter, self.columns = row_filter, columns
+        self.counts: dict[str, FilterCounts] = {}
+
+    @cached_property
+    def _decider(self) -> RowDecider:
+        """Built for the first row, because rows from a cache are not decided again."""
+        return self._filter.build()
+
+    def decide(self, rows: Sequence[LocatedRow]) -> list[FilterDecision]:
+        """A decision for each row.
+
+        Args:
+            rows: The rows.
+
+        Raises:
+            DataError: If a row is blocked.
+        """
+        decisions = self._decider.decide(rows, self.columns)
+        for row, decision in zip(rows, decisions, strict=True):
             if decision.action == "block":
                 raise DataError(
                     f"{row.where}: data.filter blocks this row ({decision.summary}). Remove it from the data, or "
                     "change the action of the rule: drop leaves such rows out"
                 )
-            if decision.action == "drop":
-                dropped = dropped or f"{row.where} ({decision.summary})"
-            else:
-                kept[-1].append(row)
-        if not kept[-1]:
-            raise DataError(f"data.filter drops all {len(rows)} rows of {name}; the first is {dropped}")
-        counted[name] = counts
+        return decisions
+
+    def kept(self, rows: Iterable[LocatedRow], name: str) -> Iterator[LocatedRow]:
+        """The rows of a source that are not dropped; the log has the counts once all are read.
+
+        Args:
+            rows: The rows.
+            name: Name of the source.
+
+        Raises:
+            DataError: If a row is blocked, or all are dropped.
+        """
+        counts, dropped, left = FilterCounts(), "", iter(rows)
+        while chunk := list(islice(left, CHUNK)):
+            for row, decision in zip(chunk, self.decide(chunk), strict=True):
+                counts.add(decision)
+                if decision.action == "drop":
+                    dropped = dropped or f"{row.where} ({decision.summary})"
+                else:
+                    yield row
+        if not counts.kept:
+            raise DataError(f"data.filter drops all {counts.rows} rows of {name}; the first is {dropped}")
+        self.counts[name] = counts
         log.info("data.filter: %s: %s%s", name, counts, f". The first dropped row is {dropped}" if dropped else "")
-    return kept, counted
+
+    @property
+    def dropped(self) -> int:
+        """Number of rows that were left out of all sources."""
+        return sum(counts.dropped for counts in self.counts.values())

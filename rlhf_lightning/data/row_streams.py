@@ -81,6 +81,8 @@ class SourceState(TypedDict):
     """Number of rows taken from it."""
     read: int
     """Number of rows of the source, of all readers, before the block."""
+    kept: int
+    """Number of rows of this pass that were not left out."""
     dataset: dict[str, Any] | None
     """State of the dataset before the block; None at the beginning."""
 
@@ -204,6 +206,9 @@ def permutation(size: int, *seed: int) -> list[int]:
 class SourceReader:
     """Yields a reader's rows of one source, over and over.
 
+    Attributes:
+        kept: Number of rows of this pass, without those that `RowStream.leave_out` was called for.
+
     Args:
         source: The source.
         buffer: Number of rows of a block.
@@ -232,6 +237,7 @@ class SourceReader:
         self._examples = iter(self._dataset)
         self._block, self._taken = (state["block"], state["taken"]) if state else (0, 0)
         self._read = state["read"] if state else 0
+        self.kept = state["kept"] if state else 0
         self._fill(state["dataset"] if state else None)
 
     def _fill(self, before: dict[str, Any] | None) -> None:
@@ -256,6 +262,7 @@ class SourceReader:
             self._read, self._block, self._taken = self._next, self._block + 1, 0
             self._fill(state)
         self._taken += 1
+        self.kept += 1
         return self._rows[self._taken - 1]
 
     def start_over(self) -> None:
@@ -270,6 +277,7 @@ class SourceReader:
             "block": self._block,
             "taken": self._taken,
             "read": self._read,
+            "kept": self.kept,
             "dataset": self._before,
         }
 
@@ -317,12 +325,16 @@ class RowStream:
 
     def __iter__(self) -> Iterator[tuple[int, RawRow]]:
         while (source := self.mixer.choose()) is not None:
-            row = self._readers[source].next()
+            reader = self._readers[source]
+            row = reader.next()
             if row is None:
-                if not self.mixer.end(source):
+                starts_over = self.mixer.end(source)
+                if not reader.kept and (starts_over or reader.reader.count == 1):
+                    raise DataError(f"data.filter drops all rows of {self.sources[source].name}; change its rules")
+                if not starts_over:
                     continue
-                self._readers[source].start_over()
-                row = self._readers[source].next()
+                reader.start_over()
+                row = reader.next()
                 if row is None:
                     raise DataError(
                         f"{self.sources[source].name}: there are fewer rows than ranks and workers that read them; "
@@ -330,6 +342,15 @@ class RowStream:
                     )
             self.mixer.counts[source] += 1
             yield source, row
+
+    def leave_out(self, source: int) -> None:
+        """Do not count the row that was yielded last, so that rows left out by a filter do not change the mixture.
+
+        Args:
+            source: Its source.
+        """
+        self.mixer.counts[source] -= 1
+        self._readers[source].kept -= 1
 
     def state(self) -> StreamState:
         """Where the reader is, after the row that was yielded last."""

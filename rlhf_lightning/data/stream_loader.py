@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from rlhf_lightning.data.batching import BatchT, ExampleT, ShardSpec, check_world, mix_seeds, split_evenly, total_counts
 from rlhf_lightning.data.mixing import Mixture
+from rlhf_lightning.data.row_filter import FilterCounts, FilterTotals
 from rlhf_lightning.data.row_streams import Reader, RowStream, StreamedSource, Streaming, StreamState
 from rlhf_lightning.data.spans import RawRow
 from rlhf_lightning.distributed import gather
@@ -25,12 +26,19 @@ class Converted(NamedTuple, Generic[ExampleT]):
         examples: The examples; empty for a row that is skipped.
         truncated: Number of them that were truncated.
         error: What is wrong with the row, if it stops training.
+        filtered: What the filter found in it; None without a filter.
     """
 
     source: int
     examples: Sequence[ExampleT]
     truncated: int = 0
     error: UserError | None = None
+    filtered: FilterTotals | None = None
+
+    @property
+    def dropped(self) -> bool:
+        """True if the filter leaves the row out."""
+        return self.filtered is not None and self.filtered["dropped"] > 0
 
 
 class SourceCounts(TypedDict):
@@ -40,6 +48,8 @@ class SourceCounts(TypedDict):
     examples: int
     skipped: int
     truncated: int
+    filtered: FilterTotals
+    """What the filter found; zero without a filter."""
 
 
 class Position(TypedDict):
@@ -116,8 +126,7 @@ class RowSource(Generic[ExampleT]):
 
     def begin(self, counts: Sequence[SourceCounts] = ()) -> Position:
         """The beginning of an epoch."""
-        nothing: SourceCounts = {"rows": 0, "examples": 0, "skipped": 0, "truncated": 0}
-        known = list(counts) or [nothing for _ in self.sources]
+        known = list(counts) or [_sum([]) for _ in self.sources]
         return {"streams": [None] * self.workers, "turn": 0, "counts": known}
 
     def read(
@@ -149,17 +158,20 @@ class RowSource(Generic[ExampleT]):
             yield converted, {"streams": list(streams), "turn": turn, "counts": counts}
 
 
+def _sum(counts: Sequence[SourceCounts]) -> SourceCounts:
+    """The counts of several ranks together."""
+    return {
+        "rows": sum(one["rows"] for one in counts),
+        "examples": sum(one["examples"] for one in counts),
+        "skipped": sum(one["skipped"] for one in counts),
+        "truncated": sum(one["truncated"] for one in counts),
+        "filtered": FilterCounts.sum(one["filtered"] for one in counts).totals(),
+    }
+
+
 def _sums(counts: Sequence[Sequence[SourceCounts]]) -> list[SourceCounts]:
     """The counts of all ranks, by source."""
-    return [
-        {
-            "rows": sum(one["rows"] for one in of_ranks),
-            "examples": sum(one["examples"] for one in of_ranks),
-            "skipped": sum(one["skipped"] for one in of_ranks),
-            "truncated": sum(one["truncated"] for one in of_ranks),
-        }
-        for of_ranks in zip(*counts, strict=True)
-    ]
+    return [_sum(of_ranks) for of_ranks in zip(*counts, strict=True)]
 
 
 def _no_worker_info() -> None:
@@ -171,11 +183,15 @@ def _same(value: Any) -> Any:
 
 
 def _added(counts: SourceCounts, converted: Converted[Any]) -> SourceCounts:
+    filtered = counts["filtered"]
+    if converted.filtered is not None:
+        filtered = FilterCounts.sum((filtered, converted.filtered)).totals()
     return {
         "rows": counts["rows"] + 1,
         "examples": counts["examples"] + len(converted.examples),
-        "skipped": counts["skipped"] + (not converted.examples),
+        "skipped": counts["skipped"] + (not converted.examples and not converted.dropped),
         "truncated": counts["truncated"] + converted.truncated,
+        "filtered": filtered,
     }
 
 
@@ -201,7 +217,10 @@ class _WorkerRows(IterableDataset, Generic[ExampleT]):
         )
         try:
             for source, raw in stream:
-                yield worker, rows.convert(source, raw), stream.state()
+                converted = rows.convert(source, raw)
+                if converted.dropped:
+                    stream.leave_out(source)
+                yield worker, converted, stream.state()
         except UserError as error:  # found while reading; all ranks must learn of it
             yield worker, Converted(0, (), error=error), stream.state()
 

@@ -10,6 +10,7 @@ from rlhf_lightning.data.batching import ExampleT
 from rlhf_lightning.data.files import Wanted
 from rlhf_lightning.data.mixing import Mixture
 from rlhf_lightning.data.records import LocatedRow, check_on_bad_row, convert_row
+from rlhf_lightning.data.row_filter import CountingFilter, FilterCounts
 from rlhf_lightning.data.row_streams import StreamedSource, Streaming
 from rlhf_lightning.data.spans import RawRow, parsed
 from rlhf_lightning.data.stream_loader import Converted, RowSource
@@ -33,6 +34,7 @@ class TrainingStream(Generic[ExampleT]):
         columns: See `RowDataModule`.
         seed: Seed of the order.
         truncated: Returns the number of examples that `convert` has truncated so far.
+        row_filter: Leaves out rows before they are converted.
 
     Raises:
         DataError: If a source cannot be streamed.
@@ -54,8 +56,10 @@ class TrainingStream(Generic[ExampleT]):
         columns: Mapping[str, str | None] | None,
         seed: int,
         truncated: Callable[[], int],
+        row_filter: CountingFilter | None = None,
     ) -> None:
         check_on_bad_row(on_bad_row)
+        self.row_filter = row_filter
         self.mixture, self.wanted, self.streaming = mixture, wanted, streaming
         self._convert, self._on_bad_row, self._columns, self._truncated = convert, on_bad_row, columns, truncated
         self.sources = [StreamedSource(one.name, one.source, wanted) for one in mixture.sources]
@@ -64,25 +68,48 @@ class TrainingStream(Generic[ExampleT]):
         """The examples of the first rows, once `check_first` was called."""
         self._told = 0
 
-    def examples(self, raw: RawRow) -> tuple[list[ExampleT], str | None]:
+    def row(self, raw: RawRow) -> LocatedRow:
+        """A row, parsed.
+
+        Raises:
+            DataError: If it cannot be parsed; with file and line.
+        """
+        return LocatedRow(parsed(raw, self.wanted), raw.where)
+
+    def examples(self, row: LocatedRow) -> tuple[list[ExampleT], str | None]:
         """The examples of a row, and None; or no examples, and why the row is skipped.
 
         Raises:
             DataError: If the row is bad; with file and line.
         """
-        row = LocatedRow(parsed(raw, self.wanted), raw.where)
         return convert_row(row, self._convert, self._on_bad_row, self._columns)
+
+    def filtered(self, row: LocatedRow) -> FilterCounts | None:
+        """What the filter finds in a row; None without a filter.
+
+        Raises:
+            DataError: If the row is blocked.
+        """
+        if self.row_filter is None:
+            return None
+        counts = FilterCounts()
+        [decision] = self.row_filter.decide([row])
+        counts.add(decision)
+        return counts
 
     def _converted(self, source: int, raw: RawRow) -> Converted[ExampleT]:
         before = self._truncated()
         try:
-            examples, skipped = self.examples(raw)
+            row = self.row(raw)
+            counts = self.filtered(row)
+            filtered = None if counts is None else counts.totals()
+            examples, skipped = self.examples(row) if counts is None or counts.kept else ([], None)
         except UserError as error:
             return Converted(source, (), error=error)
         if skipped is not None and self._told < 3:
             self._told += 1
             log.warning("skipped %s", skipped)
-        return Converted(source, examples, self._truncated() - before)
+        return Converted(source, examples, self._truncated() - before, filtered=filtered)
 
     def check_first(self) -> None:
         """Convert the first rows of each source, so that most mistakes are found before training.
@@ -92,7 +119,10 @@ class TrainingStream(Generic[ExampleT]):
         """
         for source in self.sources:
             for index, example in enumerate(islice(source.open(None), FIRST)):
-                self.checked += self.examples(source.raw(example, index))[0]
+                row = self.row(source.raw(example, index))
+                counts = self.filtered(row)
+                if counts is None or counts.kept:
+                    self.checked += self.examples(row)[0]
 
     def facts(self) -> tuple[str, str]:
         """A text and a hash that are equal on ranks which read the same files."""

@@ -4,13 +4,13 @@ import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module
 from typing import Any, Protocol
 
 from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.environments.user_calls import check_limit
 from rlhf_lightning.errors import ConfigError, UserError, check_whole, short
+from rlhf_lightning.imports import imported
 from rlhf_lightning.settings import plain
 from rlhf_lightning.types import Message, Row
 
@@ -139,23 +139,6 @@ def environment_factory(
     if check := getattr(found, "check", None):
         check(**(arguments or {}))
     return partial(found, **(arguments or {}))
-
-
-def imported(path: str, setting: str) -> Any:
-    """Import the object that a dotted path names.
-
-    Args:
-        path: For example `package.module.name`.
-        setting: The setting with the path, for the error message.
-
-    Raises:
-        ConfigError: If it cannot be imported.
-    """
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"{setting} {path!r} cannot be imported: {error}") from error
 
 
 def checked_messages(value: list[Message]) -> list[Message]:

@@ -10,8 +10,9 @@ from importlib import import_module
 from typing import Protocol, TypeAlias
 
 from rlhf_lightning.data.prompts import prompt_messages
-from rlhf_lightning.environments.base import StepResult, imported
+from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.errors import ConfigError, quoted, short
+from rlhf_lightning.imports import imported
 from rlhf_lightning.types import JSON, Message, Row
 
 HIGHLIGHTED = re.compile(r"\x1b\[[\d;]*m(.*?)\x1b\[0m", re.DOTALL)

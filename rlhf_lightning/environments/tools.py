@@ -8,9 +8,10 @@ from functools import lru_cache, partial
 from typing import TypeAlias
 
 from rlhf_lightning.data.prompts import prompt_messages
-from rlhf_lightning.environments.base import StepResult, imported
+from rlhf_lightning.environments.base import StepResult
 from rlhf_lightning.environments.user_calls import TimeLimitError, check_limit, within
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.imports import imported
 from rlhf_lightning.types import JSON, Message, Row, ToolSchema
 
 TOOL_CALL = r"<tool_call>\s*(.*?)\s*(?:</tool_call>|$)"

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Required, TypedDict
 
 from rlhf_lightning.data.prompts import Prompt
-from rlhf_lightning.environments.base import imported
 from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.evaluation.text_metrics import ReferenceAnswer, nearness, perplexity
+from rlhf_lightning.imports import imported
 from rlhf_lightning.objectives.intervals import best_of_kl, mean_interval, wilson, win_rate
 from rlhf_lightning.rewards import FunctionReward, ModelReward, PairwiseJudgeReward, Reward, RewardTerm, total_rewards
 from rlhf_lightning.rewards.judge import PairwiseJudgeScores

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
-from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError, DataError, check_whole
+from rlhf_lightning.imports import imported
 from rlhf_lightning.rewards.verifiers import as_number
 from rlhf_lightning.types import JSON, Row
 from rlhf_lightning.yaml_files import read_mapping

@@ -1,6 +1,6 @@
 """A filter of training data by a file of rules."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rlhf_lightning.data.records import LocatedRow
 from rlhf_lightning.data.row_filter import RowFilter
@@ -9,11 +9,8 @@ from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.filtering.filter import Filter
 from rlhf_lightning.filtering.rows import row_texts
 from rlhf_lightning.filtering.rule_file import fingerprint, read_rules
-from rlhf_lightning.filtering.rules import JudgeRule
+from rlhf_lightning.filtering.rules import Classifier, JudgeRule
 from rlhf_lightning.types import FilterDecision
-
-CHUNK = 512
-"""Number of rows that are decided together."""
 
 
 class RuleFilter(RowFilter):
@@ -46,6 +43,19 @@ class RuleFilter(RowFilter):
     def fingerprint(self) -> str:
         return fingerprint(self.rules)
 
+    def check_streaming(self, workers: int) -> None:
+        once = f"filter the data once with rlhf filter apply {self.rules} FILE --output FOLDER"
+        if any(isinstance(rule, JudgeRule) for rule in self.parsed.rules):
+            raise ConfigError(
+                f"{self.rules} has a judge, which data.streaming would ask again in each epoch and after a resume, and "
+                f"the answers may differ; {once}"
+            )
+        if workers and any(isinstance(rule, Classifier) for rule in self.parsed.rules):
+            raise ConfigError(
+                f"{self.rules} has a classifier, which cannot run in the forked processes of data.streaming.workers; "
+                f"set data.streaming.workers: 0, or {once}"
+            )
+
     def __str__(self) -> str:
         return self.rules
 
@@ -67,11 +77,4 @@ class RowChecks:
         self, rows: Sequence[LocatedRow], columns: Mapping[str, str | None] | None = None
     ) -> list[FilterDecision]:
         """See `RowDecider`."""
-        return list(self._decisions(rows, columns))
-
-    def _decisions(
-        self, rows: Sequence[LocatedRow], columns: Mapping[str, str | None] | None
-    ) -> Iterator[FilterDecision]:
-        for start in range(0, len(rows), CHUNK):
-            chunk = rows[start : start + CHUNK]
-            yield from self.filter.check_rows([row_texts(row.data, row.where, columns) for row in chunk])
+        return self.filter.check_rows([row_texts(row.data, row.where, columns) for row in rows])

@@ -8,8 +8,8 @@ from copy import deepcopy
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.imports import imported
 
 if TYPE_CHECKING:
     from rlhf_lightning.types import JSON

@@ -10,6 +10,7 @@ from typing import TypeGuard
 import yaml
 
 from rlhf_lightning.data.records import check_there, fingerprint
+from rlhf_lightning.data.row_filter import filter_fingerprint
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import FORMAT, duration, hash_model, read_object, real_path, visible, write_json
 from rlhf_lightning.pipeline.eta import Eta
@@ -174,6 +175,8 @@ class _Runner:
             },
             "seed": self.plan.seed,
         }
+        if (rules := filter_fingerprint(section(settings, "data").get("filter"))) is not None:
+            inputs["filter"] = rules
         for key, reference in stage.handed.items():
             inputs[key] = self._hash(reference)
         return inputs

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_lightning.data.records import fingerprint, is_here
+from rlhf_lightning.data.row_filter import filter_fingerprint
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import hash_file, hash_folder, hash_model
 from rlhf_lightning.pipeline.plan import HANDED, section
@@ -72,6 +73,8 @@ def _stage(root: Path, name: str, stages: dict[str, StageEntry]) -> list[StageCh
     now = None if settings is None else settings_hash(settings)
     found.append(StageCheck(name, "settings", str(folder / "input.yaml"), _compare(now, inputs.get("settings", ""))))
     found += _data(name, section(settings or {}, "data"), inputs.get("data") or {})
+    if rules := inputs.get("filter"):
+        found.append(_filter(name, section(settings or {}, "data").get("filter"), rules))
     for key in HANDED:
         if recorded := inputs.get(key):
             source = (entry.get("handed") or {}).get(key) or ""
@@ -108,6 +111,14 @@ def _data(name: str, settings: dict[str, JSON], recorded: dict[str, str]) -> lis
         StageCheck(name, f"data.{key}", _short(settings.get(key)), _source(settings.get(key), recorded[key], key))
         for key in recorded
     ]
+
+
+def _filter(name: str, chosen: JSON, recorded: str) -> StageCheck:
+    try:
+        now = filter_fingerprint(chosen)
+    except ConfigError:  # the rules cannot be read any more
+        now = None
+    return StageCheck(name, "data.filter", _short(chosen), _compare(now, recorded))
 
 
 def _source(source: JSON, recorded: str, split: str) -> str:

@@ -47,6 +47,7 @@ class StageInputs(TypedDict, total=False):
     Attributes:
         settings: Hash of its settings.
         data: Hash of each data source.
+        filter: Hash of the rules of `data.filter`.
         seed: Seed of the pipeline.
         start: Hash of the model that it starts from.
         reward: Hash of the model that rewards it.
@@ -55,6 +56,7 @@ class StageInputs(TypedDict, total=False):
 
     settings: str
     data: dict[str, str]
+    filter: str
     seed: int
     start: str
     reward: str

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.environments.base import imported
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.imports import imported
 from rlhf_lightning.models.offload import Placement, check_place
 from rlhf_lightning.models.reward_model import RewardModel
 from rlhf_lightning.rewards.base import EpisodeScorer, Reward, check_finite
