@@ -7,16 +7,12 @@ the tests marked `vllm` there; --python takes another environment as it is. The 
 ran.
 """
 
-import argparse
-import os
 import re
 import subprocess
 import sys
-import tempfile
 from collections import defaultdict
-from pathlib import Path
 
-from tests.helpers.reports import outcomes, write_report
+from tests.helpers.reports import run_tests
 from tests.processors import ROOT
 
 FOLDER = ROOT / ".venv-vllm"
@@ -64,30 +60,13 @@ def table(found: dict[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, help="write what ran and how it ended to this file")
-    parser.add_argument("--python", type=Path, help="interpreter of an environment to use instead of .venv-vllm")
-    options, arguments = parser.parse_known_args()
-    python = options.python or PYTHON
-    if options.python is None:
-        install()
-    # vLLM asks the network for statistics and the Hub for configs; OMP threads are those of the tests.
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.xml"
-        command = [python, "-m", "pytest", "-p", "no:cacheprovider", "-m", "vllm", "--timeout", "900"]
-        ended = subprocess.run(
-            [*command, f"--junitxml={result}", *(arguments or ["tests/generation", "tests/serving"])],
-            cwd=ROOT,
-            env=environment,
-        )
-        found = outcomes(result)
-    if options.report:
-        write_report(options.report, found, python, NAMES)
-    if not arguments:
+    # vLLM asks the network for statistics.
+    environment, command = {"VLLM_NO_USAGE_STATS": "1"}, ["-m", "vllm", "--timeout", "900"]
+    status, found, whole = run_tests(__doc__, PYTHON, install, environment, command, FOLDERS, NAMES)
+    if whole:
         before, rest = PAGE.read_text().split(MARKS[0])
         PAGE.write_text(before + MARKS[0] + table(found) + MARKS[1] + rest.split(MARKS[1])[1])
-    sys.exit(ended.returncode)
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,11 @@ Makes an environment in .venv-deepspeed (2 GB) with the versions of constraints.
 as it is.
 """
 
-import argparse
 import os
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
-from tests.helpers.reports import outcomes, write_report
+from tests.helpers.reports import run_tests
 from tests.processors import ROOT
 
 PYTHON = ROOT / ".venv-deepspeed" / "bin" / "python"
@@ -34,24 +31,6 @@ def install() -> None:
     subprocess.run([*pip, "--no-build-isolation", "--editable", ".[deepspeed]"], cwd=ROOT, env=environment, check=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--report", type=Path, help="write what ran and how it ended to this file")
-    parser.add_argument("--python", type=Path, help="interpreter of an environment to use instead of .venv-deepspeed")
-    options, arguments = parser.parse_known_args()
-    python = options.python or PYTHON
-    if options.python is None:
-        install()
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.xml"
-        command = [python, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={result}", *(arguments or [FILE])]
-        ended = subprocess.run(command, cwd=ROOT, env=environment)
-        found = outcomes(result)
-    if options.report:
-        write_report(options.report, found, python, NAMES)
-    sys.exit(ended.returncode)
-
-
 if __name__ == "__main__":
-    main()
+    environment = {"DS_ACCELERATOR": "cpu"}
+    sys.exit(run_tests(__doc__, PYTHON, install, environment, [], [FILE], NAMES)[0])

@@ -14,7 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, Strateg
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from rlhf_lightning.checkpointing.io import Unfinished, damage
+from rlhf_lightning.checkpointing.io import damage, folder_of_shards
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import check_format
 from rlhf_lightning.models.lora import is_quantized
@@ -219,15 +219,8 @@ class DeepSpeed(DeepSpeedStrategy):
         self, checkpoint: "StateDict", filepath: "_PATH", storage_options: "dict[str, JSON] | None" = None
     ) -> None:
         self._gathered.close()  # a checkpoint after a validation; DeepSpeed shards all weights again before it saves
-        folder = Unfinished(Path(self.broadcast(filepath)))
-        if self.is_global_zero:
-            folder.clear()
-        self.barrier("cleared")
-        super().save_checkpoint(checkpoint, folder.scratch, storage_options)
-        self.barrier("saved")
-        if self.is_global_zero:
-            folder.finish()
-        self.barrier("finished")
+        with folder_of_shards(filepath, self) as folder:
+            super().save_checkpoint(checkpoint, folder, storage_options)
 
     def load_checkpoint(self, checkpoint_path: "_PATH", weights_only: bool | None = None) -> "StateDict":
         path = Path(self.broadcast(checkpoint_path))

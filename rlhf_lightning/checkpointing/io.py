@@ -8,13 +8,15 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
 from lightning.fabric.plugins.io import TorchCheckpointIO
+from lightning.pytorch.strategies import Strategy
 
 from rlhf_lightning.checkpointing.quantized_state import as_plain, as_quantized
 from rlhf_lightning.errors import ConfigError, UserError
@@ -197,33 +199,38 @@ def _checksum(path: Path) -> int:
     return value
 
 
-class Unfinished:
-    """A checkpoint folder that is incomplete until all ranks have written their shards.
+@contextmanager
+def folder_of_shards(target: "_PATH", strategy: Strategy) -> Iterator[Path]:
+    """Context manager in which all ranks write their shards of a checkpoint folder, which is put in place as a whole.
 
     Args:
-        target: Final path. Until `finish`, the folder is at `scratch` next to it.
+        target: Final path, which need not be the same on all ranks; that of rank 0 counts.
+        strategy: Strategy of the run, whose ranks wait for each other.
 
-    Example:
-        >>> Unfinished(Path("checkpoints/step=5.ckpt")).scratch.name
-        '.step=5.ckpt.partial'
+    Yields:
+        The folder to write to, next to the final path. An error leaves it there, and an earlier checkpoint as it was.
     """
+    final = Path(strategy.broadcast(target))
+    scratch = scratch_of(final)
+    if strategy.is_global_zero:
+        remove(scratch)  # of an interrupted run
+    strategy.barrier("cleared")
+    yield scratch
+    strategy.barrier("saved")
+    if strategy.is_global_zero:
+        _finish(scratch, final)
+    strategy.barrier("finished")
 
-    def __init__(self, target: Path) -> None:
-        self.target, self.scratch = target, scratch_of(target)
 
-    def clear(self) -> None:
-        """Remove the files of an interrupted run."""
-        remove(self.scratch)
-
-    def finish(self) -> None:
-        """Write the checksums of all files, sync the files to disk, and rename the folder to its target."""
-        files = [path for path in sorted(self.scratch.rglob("*")) if path.is_file()]
-        write_json(self.scratch / CHECKSUMS, {str(path.relative_to(self.scratch)): _checksum(path) for path in files})
-        for path in files:
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        remove(self.target)
-        os.replace(self.scratch, self.target)
+def _finish(scratch: Path, target: Path) -> None:
+    """Write the checksums of all files, sync the files to disk, and rename the folder to its target."""
+    files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+    write_json(scratch / CHECKSUMS, {str(path.relative_to(scratch)): _checksum(path) for path in files})
+    for path in files:
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    remove(target)
+    os.replace(scratch, target)
 
 
 def remove(path: Path) -> None:

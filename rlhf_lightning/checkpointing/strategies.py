@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
-from rlhf_lightning.checkpointing.io import Unfinished, damage
+from rlhf_lightning.checkpointing.io import damage, folder_of_shards
 from rlhf_lightning.distributed import use_mesh
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import check_format
@@ -84,15 +84,8 @@ class FSDP2(ModelParallelStrategy):
         if not self._save_distributed_checkpoint:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
-        folder = Unfinished(Path(self.broadcast(filepath)))
-        if self.is_global_zero:
-            folder.clear()
-        self.barrier("cleared")
-        super().save_checkpoint(checkpoint, folder.scratch, storage_options)
-        self.barrier("saved")
-        if self.is_global_zero:
-            folder.finish()
-        self.barrier("finished")
+        with folder_of_shards(filepath, self) as folder:
+            super().save_checkpoint(checkpoint, folder, storage_options)
 
     def load_checkpoint(self, checkpoint_path: "_PATH", weights_only: bool | None = None) -> "StateDict":
         path = Path(self.broadcast(checkpoint_path))
