@@ -26,7 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.quickstart import machine  # noqa: E402
 from benchmarks.steps import tables  # noqa: E402
 from benchmarks.steps.clock import CPU_TIME  # noqa: E402
-from benchmarks.steps.sides import Side, compare  # noqa: E402
+from benchmarks.steps.sides import ROWWISE, Side, compare  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 
 TASKS = ["sft", "reward", "dpo", "rl", "generate"]
@@ -46,6 +46,21 @@ SIZES: dict[str, dict[str, int]] = {
         "groups": 4,
         "group_size": 4,
         "new_tokens": 64,
+    },
+    "135m": {
+        "vocab": 49152,
+        "hidden": 576,
+        "intermediate": 1536,
+        "layers": 30,
+        "heads": 9,
+        "kv_heads": 3,
+        "batch": 8,
+        "prompt_tokens": 64,
+        "response_tokens": 64,
+        "groups": 4,
+        "group_size": 4,
+        "new_tokens": 64,
+        "generate_batch": 16,
     },
     "17m": {"vocab": 16384, "hidden": 384, "intermediate": 1152, "layers": 6, "heads": 6, "kv_heads": 3},
 }
@@ -82,6 +97,33 @@ def memory(work: Workload, threads: int, root: Path) -> dict[str, float]:
     return found
 
 
+def peaks(tasks: dict[str, Any], folder: Path, work: Workload, threads: int) -> None:
+    """Add `peak_gib` to each task: peak memory of two steps in a new process, above that of the imported libraries.
+
+    TRL has the micro-batch that was fastest.
+    """
+    for task, row in tasks.items():
+        micro = row["trl_fastest_micro_batch"] if task in ROWWISE else None
+        found = {}
+        for name in ("ours", "trl"):
+            side = Side(name, folder, work, threads)
+            before = side.ask(task="libraries")
+            side.ask(task=task, steps=2, micro=micro if name == "trl" else None)
+            found[name] = side.ask(task="memory") - before
+            side.close()
+        row["peak_gib"] = found
+
+
+def peak_table(tasks: dict[str, Any]) -> list[str]:
+    """Rows of a Markdown table of the peaks that were measured."""
+    lines = ["| step | peak memory above the libraries | TRL, fastest micro-batch | part |", "|---" * 4 + "|"]
+    for task, row in tasks.items():
+        if found := row.get("peak_gib"):
+            ours, trl = found["ours"], found["trl"]
+            lines.append(f"| {task} | {ours:.2f} GiB | {trl:.2f} GiB | {ours / trl:.0%} |")
+    return lines if len(lines) > 2 else []
+
+
 def table(report: dict[str, Any]) -> str:
     """The results as Markdown."""
     lines = [f"| {tables.HEAD}", "|---" * 7 + "|"]
@@ -96,6 +138,8 @@ def table(report: dict[str, Any]) -> str:
         )
     cost = report["lightning_seconds_per_step"]
     lines += [
+        "",
+        *peak_table(report["tasks"]),
         "",
         "Where our time is spent, and the lower bound at the machine's matmul rate:",
         "",
@@ -125,7 +169,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trl-huge-pages", action="store_true", help="large pages and kept memory for TRL as well")
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds instead of seconds, on a shared machine")
-    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-memory", action="store_true", help="leave out SFT on a long row")
+    parser.add_argument("--no-peaks", action="store_true", help="leave out the peak memory of each task")
     parser.add_argument("--no-growth", action="store_true")
     parser.add_argument("--name", help="of the result file; the size by default")
     for option in fields(Workload):
@@ -167,6 +212,8 @@ def main() -> None:
             report["growth"] = growth(ours, work, given.repeats)
         ours.close()
         theirs.close()
+        if not given.no_peaks:
+            peaks(tasks, folder, work, given.threads)
         if not given.no_memory:
             report["memory_gib"] = memory(work, given.threads, Path(scratch))
     path = ROOT / "benchmarks" / "results" / f"step-{given.name or given.size}.json"

@@ -81,8 +81,9 @@ MUST = {"sft": 2.5, "reward": 2.0, "dpo": 3.5, "rl": 3.5, "generate": 2.5}
 
 
 def best() -> str:
-    """Each side in its faster precision and micro-batch, among those measured by CPU time."""
-    lines = ["| model, precisions measured | step | ours | TRL | ratio | target |", "|---" * 6 + "|"]
+    """Each side in its faster precision and micro-batch, among those measured by CPU time, with its peak memory."""
+    head = "| model, precisions measured | step | ours | TRL | ratio | target | of the matmul rate | peak memory | TRL |"
+    lines = [head, "|---" * 9 + "|"]
     for size in ("5m", "40m", "135m"):
         found = {name: RESULTS / f"step-{size}-{name}.json" for name in ("bf16", "f32")}
         reports = {name: read(path.stem)["tasks"] for name, path in found.items() if path.is_file()}
@@ -93,7 +94,13 @@ def best() -> str:
                 for keys in (("ours",), ("trl_whole_batch", "trl_fastest"))
             )
             times = " | ".join(f"{seconds:.2f} s ({name})" for seconds, name in (ours, theirs))
-            lines.append(f"| {model} | {task} | {times} | {theirs[0] / ours[0]:.1f} | {target} |")
+            rate = reports[ours[1]][task]["of_matmul_rate"]
+            peaks = [
+                f"{reports[name][task]['peak_gib'][side]:.2f} GiB" if "peak_gib" in reports[name][task] else "–"
+                for side, name in (("ours", ours[1]), ("trl", theirs[1]))
+            ]
+            cells = [model, task, times, f"{theirs[0] / ours[0]:.1f}", str(target), f"{rate:.0%}", *peaks]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -116,7 +116,7 @@ def train(cell: Cell, rows: Rows, folder: Path) -> Trained:
     watch, curve = Watch(), Curve()
     trainer = pl.Trainer(
         accelerator="cpu",
-        max_epochs=1,
+        max_epochs=cell.settings.epochs,
         limit_val_batches=0,
         precision=cell.precision,
         gradient_clip_val=1.0,

@@ -20,6 +20,7 @@ class Part:
         rate: Learning rate of AdamW, constant.
         beta: DPO's beta, or the coefficient of the KL.
         held_out: Number of rows that are measured on.
+        epochs: Passes over the training rows.
     """
 
     kind: str
@@ -31,6 +32,7 @@ class Part:
     group: int = 1
     max_tokens: int = 0
     beta: float = 0.0
+    epochs: int = 1
 
     @property
     def sides(self) -> tuple[str, ...]:
@@ -45,7 +47,7 @@ class Part:
     @property
     def rows(self) -> int:
         """Number of training rows."""
-        return self.steps * self.batch
+        return self.steps * self.batch // self.epochs
 
 
 _INSTRUCTIONS = {"task": "instructions", "group": 4, "max_tokens": 24, "held_out": 48, "beta": 0.02}
@@ -53,7 +55,7 @@ _ARITHMETIC = {"task": "arithmetic", "group": 8, "max_tokens": 16, "held_out": 6
 
 PARTS = {
     "sft": Part("sft", steps=10, batch=8, rate=4e-4, held_out=32, max_tokens=48),
-    "reward": Part("reward", steps=8, batch=8, rate=4e-4, held_out=64),
+    "reward": Part("reward", steps=30, batch=8, rate=2e-4, held_out=64, epochs=3),
     "dpo": Part("dpo", steps=8, batch=8, rate=2e-4, held_out=48, beta=0.1),
     "grpo-instructions": Part("grpo", steps=12, batch=4, rate=4e-4, **_INSTRUCTIONS),
     "grpo-arithmetic": Part("grpo", steps=12, batch=4, rate=4e-4, **_ARITHMETIC),
@@ -107,7 +109,7 @@ class Cell:
 
     def tried(self, steps: int) -> "Cell":
         """The same with fewer steps and without held-out rows, for a trial of its speed."""
-        return replace(self, settings=replace(self.settings, steps=steps, held_out=0))
+        return replace(self, settings=replace(self.settings, steps=steps, held_out=0, epochs=1))
 
     def to_json(self) -> dict[str, object]:
         """As plain values."""

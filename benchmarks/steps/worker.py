@@ -57,6 +57,12 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated() / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if task == "libraries":
+        if side == "ours":
+            from benchmarks.steps import ours
+        else:
+            from trl import DPOTrainer, GRPOTrainer, RewardTrainer, SFTTrainer  # noqa: F401
+        return _answer({"task": "memory"}, side, folder, work, state)
     if task == "hold":  # tests the memory limit
         import torch
 
