@@ -82,7 +82,9 @@ MUST = {"sft": 2.5, "reward": 2.0, "dpo": 3.5, "rl": 3.5, "generate": 2.5}
 
 def best() -> str:
     """Each side in its faster precision and micro-batch, among those measured by CPU time, with its peak memory."""
-    head = "| model, precisions measured | step | ours | TRL | ratio | target | of the matmul rate | peak memory | TRL |"
+    head = (
+        "| model, precisions measured | step | ours | TRL | ratio | target | of the matmul rate | peak memory | TRL |"
+    )
     lines = [head, "|---" * 9 + "|"]
     for size in ("5m", "40m", "135m"):
         found = {name: RESULTS / f"step-{size}-{name}.json" for name in ("bf16", "f32")}

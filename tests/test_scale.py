@@ -106,6 +106,7 @@ def test_growth_is_measured_at_a_point(tmp_path: Any) -> None:
     found = worker.measure({"task": "sft", "steps": 2, "ranks": 1, "work": tiny}, tmp_path)
     assert len(found["seconds"]) == 2
     assert found["peak_gib"] > 0
+    assert 0 < found["limit_seconds"] < min(found["seconds"])
     rows = [{"x": x, "seconds": 3.0 * x**2, "peak_gib": 1.0} for x in (1, 2, 4)]
     assert growth.exponent(rows, "seconds") == pytest.approx(2.0)
     assert growth.exponent(rows, "peak_gib") == pytest.approx(0.0)

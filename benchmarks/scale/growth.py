@@ -21,9 +21,13 @@ def _point(x: float, task: str = "sft", ranks: int = 1, **work: Any) -> dict[str
 AXES: dict[str, list[dict[str, Any]]] = {
     # Number of rows per batch: more tokens in rows of the same length.
     "tokens": [_point(n, batch=n) for n in (4, 8, 16, 32)],
-    "length": [_point(n, batch=4, prompt_tokens=n // 2, response_tokens=n // 2) for n in (128, 256, 512, 1024)],
+    "length": [_point(n, batch=2, prompt_tokens=n // 2, response_tokens=n // 2) for n in (512, 1024, 2048, 4096, 8192)],
     "parameters (layers)": [_point(n, layers=n) for n in (2, 4, 8)],
-    "vocabulary": [_point(n, vocab=n, prompt_tokens=16, response_tokens=112) for n in (4096, 16384, 65536)],
+    "vocabulary": [_point(n, vocab=n, prompt_tokens=16, response_tokens=112) for n in (8192, 32768, 151936)],
+    # The same number of responses.
+    "group size": [
+        _point(n, task="rl", groups=16 // n, group_size=n, prompt_tokens=128, new_tokens=32) for n in (2, 4, 8, 16)
+    ],
     # The same rows in total; each rank has one thread.
     "ranks": [_point(n, ranks=n, batch=16 // n) for n in (1, 2)],
     # Rounds of policy RL: the cost of a round must not grow with earlier ones; x is the number of the round.
@@ -32,7 +36,12 @@ AXES: dict[str, list[dict[str, Any]]] = {
 
 
 def run(axis: str, small: bool = False, steps: int = 5) -> list[dict[str, Any]]:
-    """Measure an axis: median seconds of the steps after the first, and the increase of memory at the peak."""
+    """Measure an axis.
+
+    Returns:
+        For each point the median seconds of the steps after the first, the seconds that its operations take at the rate
+        of a matrix product, measured by the same process, and the increase of memory at the peak.
+    """
     return [_measure(axis, point, small, steps) for point in AXES[axis]]
 
 
@@ -56,7 +65,7 @@ def _measure(axis: str, point: dict[str, Any], small: bool, steps: int) -> dict[
     found = json.loads(done.stdout.splitlines()[-1])
     seconds = found["seconds"][1:]
     value = statistics.median(seconds[-3:] if axis == "rounds" else seconds)
-    return {"x": point["x"], "seconds": value, "peak_gib": found["peak_gib"]}
+    return {"x": point["x"], "seconds": value, **{name: found[name] for name in ("limit_seconds", "peak_gib")}}
 
 
 def exponent(rows: list[dict[str, Any]], name: str) -> float:
@@ -70,12 +79,14 @@ def exponent(rows: list[dict[str, Any]], name: str) -> float:
 def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """A table of all points, and the growth of time and memory."""
     lines = [
-        "| axis | | seconds per step | memory, peak above the start | time grows as | memory grows as |",
-        "|---|---|---|---|---|---|",
+        "| axis | | seconds per step | at the matmul rate | memory, peak above the start | time grows as "
+        "| the limit | memory |",
+        "|---" * 8 + "|",
     ]
     for axis, rows in found.items():
         for i, row in enumerate(rows):
-            powers = [f"x^{exponent(rows, name):.2f}" for name in ("seconds", "peak_gib")] if not i else ["", ""]
-            size = f"{row['x']:g} | {row['seconds']:.4f} s | {row['peak_gib']:.3f} GiB"
-            lines.append(f"| {axis if not i else ''} | {size} | {powers[0]} | {powers[1]} |")
+            names = ("seconds", "limit_seconds", "peak_gib")
+            powers = [f"x^{exponent(rows, name):.2f}" if not i else "" for name in names]
+            size = f"{row['x']:g} | {row['seconds']:.4f} s | {row['limit_seconds']:.4f} s | {row['peak_gib']:.3f} GiB"
+            lines.append(f"| {axis if not i else ''} | {size} | {' | '.join(powers)} |")
     return "\n".join(lines)

@@ -22,13 +22,18 @@ def _status(name: str) -> int:
 
 
 def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
-    """Run steps of a task on the model and rows of a `Workload`: their seconds, and the increase of memory at the peak.
+    """Run steps of a task on the model and rows of a `Workload`.
+
+    Returns:
+        `seconds` of each step; `limit_seconds`, which its operations take at the rate of a matrix product; and
+        `peak_gib`, the increase of memory at the peak.
 
     The peak counts this program only; that of `getrusage` starts with the parent's.
     """
     import lightning.pytorch as pl
 
-    from benchmarks.steps.ours import StepTimes, parts
+    from benchmarks.steps.ours import StepTimes, operations, parts
+    from benchmarks.steps.worker import matmul_rate
     from benchmarks.steps.workload import Workload
 
     work, ranks = Workload(**point["work"]), point["ranks"]
@@ -51,7 +56,9 @@ def measure(point: dict[str, Any], root: Path) -> dict[str, Any]:
         num_sanity_val_steps=0,
         callbacks=[times],
     ).fit(module, data)
-    return {"seconds": times.seconds, "peak_gib": (_status("VmHWM") - before) / 2**30}
+    peak = (_status("VmHWM") - before) / 2**30
+    limit = operations(point["task"], folder, work) / matmul_rate(work)
+    return {"seconds": times.seconds, "limit_seconds": limit, "peak_gib": peak}
 
 
 def main() -> None:

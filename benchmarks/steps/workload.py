@@ -109,7 +109,7 @@ WORDS = [
 ]
 
 
-MAX_LENGTH = 8192
+MAX_LENGTH = 16_384
 """Upper bound of the tokens of a row in any workload."""
 
 
