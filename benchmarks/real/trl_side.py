@@ -47,7 +47,7 @@ def arguments(cell: Cell, folder: Path) -> dict[str, Any]:
         "bf16": cell.precision == "bf16-mixed",
         "gradient_checkpointing": False,  # TRL's default, slower
         "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": 8,
+        "per_device_eval_batch_size": micro,
         "gradient_accumulation_steps": cell.total // micro,
         "max_steps": cell.settings.steps,
         "learning_rate": cell.settings.rate,
