@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def cell_of(name: str, side: str, model: str, data: str) -> Cell:
-    part = replace(PARTS[name], steps=2, batch=2, held_out=4, max_tokens=4)
+    part = replace(PARTS[name], steps=2, batch=2, held_out=4, max_tokens=4, epochs=1)
     part = replace(part, group=2) if part.policy_rl else part
     return Cell(name, part, side, 0, model, data, 1)
 
@@ -132,11 +132,11 @@ def test_finished_runs_are_kept(model: str, data: str, tmp_path: Path) -> None:
 
 def test_rows_are_disjoint_and_held_out_ones_fixed(data: str) -> None:
     for name in ("sft", "reward", "grpo-instructions", "grpo-arithmetic"):
-        part = replace(PARTS[name], steps=2, batch=4, held_out=6)
+        part = replace(PARTS[name], steps=4, batch=4, held_out=6, epochs=2)
         one, other = (rows.rows_of(part, data, seed) for seed in (0, 1))
         assert one.held_out == other.held_out
         assert one.train != other.train
-        assert len(one.train) == 8
+        assert len(one.train) == 8  # 4 steps of 4 rows, in 2 epochs
         assert not [row for row in one.train if row in one.held_out]
     with pytest.raises(ValueError, match="needs 999"):
         rows.rows_of(replace(PARTS["sft"], steps=333, batch=3), data, 0)

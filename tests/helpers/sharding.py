@@ -35,7 +35,7 @@ PLAIN: dict[str, tuple[str, Callable[[], dict[str, Any]]]] = {
     "in step": ("policy", lambda: {"kl": KLPenalty(0.1), "sampler": Sampler(max_tokens=6, gather=False)}),
     **{
         name: ("policy", lambda name=name: policy_settings(name))
-        for name in ("critic", "shared", "lora", "refresh", "stale", "resampled")
+        for name in ("critic", "shared", "lora", "refresh", "resampled")
     },
 }
 
@@ -91,7 +91,7 @@ def train(
     torch.manual_seed(0)  # the first weights of adapters and of a reward head
     extra = options()
     if kind == "policy":
-        extra.setdefault("rewards", [FunctionReward(few_vowels if name in ("resampled", "stale") else vowels)])
+        extra.setdefault("rewards", [FunctionReward(few_vowels if name == "resampled" else vowels)])
     module = make(kind, base, dtype=dtype, **extra)
     root.mkdir(parents=True, exist_ok=True)
     run = trainer(

@@ -44,7 +44,7 @@ def test_tensor_parallel_training_equals_one_process(name: str, base: str, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["sft", "preference-lora", "dpo-stored", "policy", "stale", "in step", "shared"])
+@pytest.mark.parametrize("name", ["sft", "preference-lora", "dpo-stored", "policy", "in step", "shared"])
 def test_training_on_a_two_dimensional_mesh_equals_one_process(name: str, base: str, tmp_path: Path) -> None:
     train(name, base, tmp_path / "one")
     in_ranks(4, lambda: train(name, base, tmp_path / "two", 4, 2, tensor=2), tmp_path / "two", limit=200)
