@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.models.last_layer import KeptLayout, KeysAndValues, KeyValueRequest
-from rlhf_lightning.models.packing import PackedLayout, within_window
+from rlhf_lightning.models.packing import PackedLayout, as_bias, within_window
 from rlhf_lightning.models.short_attention import SHORT, short_attention
 
 if TYPE_CHECKING:
@@ -134,16 +134,15 @@ class Decoding:
         """
         key = (window, heads, queries)
         if key not in self._biases:
-            mask = self.mask(window)
-            zeros = torch.zeros(len(mask), heads, queries, self.width, dtype=dtype, device=mask.device)
-            self._biases[key] = zeros.masked_fill_(~mask, -torch.inf).flatten(0, 1)
+            mask = as_bias(self.mask(window), dtype)
+            self._biases[key] = mask.expand(-1, heads, queries, -1).flatten(0, 1)
         return self._biases[key]
 
     def mask(self, window: int | None) -> Tensor:
         """True for keys up to the row's position and within the window, `[B, 1, 1, width]`."""
         if window not in self._masks:
-            distance = self.positions[:, None] - torch.arange(self.width, device=self.positions.device)
-            self._masks[window] = within_window(distance, window)[:, None, None]
+            keys = torch.arange(self.width, device=self.positions.device)
+            self._masks[window] = within_window(self.positions[:, None], keys, window)[:, None, None]
         return self._masks[window]
 
 
@@ -229,16 +228,17 @@ def packed_attention(
         return short_attention(query, key, value, layout, scaling, sliding_window)
     attend, key, value = _prepared(query, key, value, scaling, softcap, dropout)
     limit = sys.maxsize if sliding_window is None else sliding_window
+    kind = torch.bool if softcap else _computed_in(query)
     sizes = [size for tree in layout.trees for size in (tree.prefix, *tree.branches)]
     # One split, because the backward of separate slices would add a gradient of the full length for every piece.
     pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True)
     out: list[Tensor] = []
     for number, tree in enumerate(layout.trees):
         prefix, *branches = islice(pieces, len(tree.rows) + 1)
-        causal = None if tree.prefix <= limit else layout.row_mask(number, sliding_window)[: tree.prefix, : tree.prefix]
+        causal = None if tree.prefix <= limit else layout.prefix_mask(number, sliding_window, kind)
         out.append(attend(*prefix, causal))
         if any(tree.branches):
-            mask = layout.row_mask(number, sliding_window)[tree.prefix :]
+            mask = layout.branch_mask(number, sliding_window, kind)
             out += _branches(prefix, branches, tree.branches, mask, attend)
         else:
             out += [branch[0] for branch in branches]
@@ -279,7 +279,10 @@ def kept_attention(
     for tree in full.trees:
         (q, position, *prefix), *branches = islice(pieces, len(tree.rows) + 1)
         if len(position):
-            out.append(attend(q, *prefix, _visible(position, tree.prefix, sliding_window)))
+            if softcap or (sliding_window or tree.prefix) < tree.prefix or 2 * len(position) <= tree.prefix:
+                out.append(attend(q, *prefix, _visible(position, tree.prefix, sliding_window)))
+            else:
+                out.append(_spread(q, position, *prefix, attend))
         if most := max(len(position) for _, position, *_ in branches):
             # All branches in one batch, as in `_branches`; a key's index in its row is its position.
             q, k, v = _batch_of_branches([(q, k, v) for q, _, k, v in branches], prefix, most, max(tree.branches))
@@ -289,9 +292,18 @@ def kept_attention(
     return torch.cat(out, 2).transpose(1, 2).contiguous()
 
 
+def _spread(query: Tensor, position: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+    """Attend from some positions of a row by causal attention from all, which takes no memory for a mask.
+
+    It computes as many scores as attention from half of the positions under a mask.
+    """
+    every = query.new_zeros(*query.shape[:2], *key.shape[2:]).index_copy(2, position, query)
+    return attend(every, key, value, None)[:, :, position]
+
+
 def _visible(positions: Tensor, keys: int, window: int | None) -> Tensor:
     """True where a query at one of `positions` `[…]` may attend to one of the first keys of its row, `[…, keys]`."""
-    return within_window(positions[..., None] - torch.arange(keys, device=positions.device), window)
+    return within_window(positions[..., None], torch.arange(keys, device=positions.device), window)
 
 
 def _prepared(
@@ -367,8 +379,13 @@ def _is_short(query: Tensor, layout: PackedLayout, softcap: float | None, dropou
     """True if `short_attention` is used: for short rows in bfloat16 on a CPU, without soft cap and dropout."""
     if query.device.type != "cpu" or softcap or dropout or layout.longest > SHORT:
         return False
-    autocast = torch.is_autocast_enabled("cpu")
-    return (torch.get_autocast_dtype("cpu") if autocast else query.dtype) == torch.bfloat16
+    return _computed_in(query) == torch.bfloat16
+
+
+def _computed_in(query: Tensor) -> torch.dtype:
+    """The data type that attention computes in, under autocast as well."""
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
 
 
 def _fused(

@@ -166,7 +166,7 @@ class PackedLayout:
             tree_ids.append(torch.full((tree.tokens,), number))
         self.rows, self.columns = torch.cat(rows).to(device), torch.cat(columns).to(device)
         self._tree, self._branch = torch.cat(tree_ids).to(device), torch.cat(branch_ids).to(device)
-        self._masks: dict[tuple[int, int | None], Tensor] = {}
+        self._masks: dict[tuple[int, int, int | None, torch.dtype], Tensor] = {}
         self.blocks: dict[int | None, BlockMask] = {}
 
     @property
@@ -208,17 +208,46 @@ class PackedLayout:
         same = (self._tree[query] == self._tree[key]) & (
             (self._branch[key] == 0) | (self._branch[key] == self._branch[query])
         )
-        return same & within_window(self.columns[query] - self.columns[key], window)
+        return same & within_window(self.columns[query], self.columns[key], window)
 
-    def row_mask(self, number: int, window: int | None) -> Tensor:
-        """Attention mask of one row of a tree: the prefix followed by its longest branch, `[length, length]`."""
-        if (number, window) not in self._masks:
-            tree = self.trees[number]
-            places = torch.arange(tree.prefix + max(tree.branches), device=self.device)
-            self._masks[number, window] = within_window(places[:, None] - places[None], window)
-        return self._masks[number, window]
+    def prefix_mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Attention mask of the prefix of a tree, `[prefix, prefix]`, see `_mask`."""
+        return self._mask(number, 0, self.trees[number].prefix, window, dtype)
+
+    def branch_mask(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Attention mask of a tree's longest branch, to the prefix and to itself, `[branch, prefix + branch]`."""
+        tree = self.trees[number]
+        return self._mask(number, tree.prefix, tree.prefix + max(tree.branches), window, dtype)
+
+    def _mask(self, number: int, start: int, end: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Mask of the positions from `start` to `end` of a row, to the keys up to `end`, which all layers share.
+
+        Args:
+            number: Number of the tree.
+            start: First query.
+            end: End of queries and keys.
+            window: Size of the sliding window; None for none.
+            dtype: `torch.bool`, or the type of an additive bias.
+        """
+        key = (number, start, window, dtype)
+        if key not in self._masks:
+            places = torch.arange(end, device=self.device)
+            self._masks[key] = as_bias(within_window(places[start:, None], places, window), dtype)
+        return self._masks[key]
 
 
-def within_window(distance: Tensor, window: int | None) -> Tensor:
-    """True where a query may attend to a key `distance` positions earlier."""
-    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
+def within_window(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """True where a query at one position may attend to a key at another; the positions are broadcast."""
+    # Positions are compared, not subtracted: a difference of integers takes eight times the memory of the result.
+    seen = query >= key
+    return seen if window is None else seen.logical_and_(key > query - window)
+
+
+def as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as an additive bias, 0 where it is True and -inf elsewhere; unchanged if the data type is `torch.bool`.
+
+    Attention would convert it in each layer and keep each result for the backward pass.
+    """
+    if dtype == torch.bool:
+        return seen
+    return torch.full(seen.shape, -torch.inf, dtype=dtype, device=seen.device).masked_fill_(seen, 0.0)

@@ -274,8 +274,7 @@ class _Rows(NamedTuple):
 
     def bias(self, keys: "_Rows", window: int | None) -> Tensor:
         """The bias of these queries, see `Batch`."""
-        distance = self.positions[:, :, None] - keys.positions[:, None]
-        seen = within_window(distance, window) & keys.real[:, None]
+        seen = within_window(self.positions[:, :, None], keys.positions[:, None], window) & keys.real[:, None]
         return torch.zeros(seen.shape).masked_fill_(~seen, -torch.inf)
 
     def by_head(self, heads: int, key_heads: int) -> _HeadRows:

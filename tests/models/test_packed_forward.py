@@ -279,7 +279,11 @@ def test_packed_attention_mask(window: int | None) -> None:
         for j, (other, its, where) in enumerate(tokens):
             allowed = tree == other and its in (0, branch) and 0 <= position - where < (window or n)
             assert bool(found[i, j]) == bool(allowed)
-    assert torch.equal(layout.row_mask(0, window), found[:5, :5])
+    assert torch.equal(layout.prefix_mask(0, window, torch.bool), found[:3, :3])
+    assert torch.equal(layout.branch_mask(0, window, torch.bool), found[3:5, :5])
+    bias = layout.branch_mask(0, window, torch.bfloat16)
+    assert torch.equal(bias.exp(), found[3:5, :5].to(torch.bfloat16))
+    assert layout.branch_mask(0, window, torch.bfloat16) is bias, "one for all layers"
 
 
 # -- logits to log-probabilities --------------------------------------------------------------------------------------
