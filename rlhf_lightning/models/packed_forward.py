@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Default number of tokens computed at once; on a CPU, the number that fits into its caches (benchmarks/sharing.py)."""
+LONG = 2048
+"""Rows above this number of tokens are checked at the next multiple of its half."""
 GRADIENT_TOKENS = 1024
 """Length in tokens up to which gradients of packed rows are compared."""
 KEPT = 0.75
@@ -174,8 +176,9 @@ class PackedForward:
     def check(self, length: int) -> None:
         """Compare packed with plain rows of up to `length` tokens, once; stop packing if they differ.
 
-        Values are compared at the next power of two, so that this happens only a few times. If gradients are on, they
-        are compared, too, at up to `GRADIENT_TOKENS` tokens, because this takes the memory of a training step.
+        Values are compared at the next power of two, from `LONG` on at the next multiple of its half, so that this
+        happens only a few times. If gradients are on, they are compared, too, at up to `GRADIENT_TOKENS` tokens,
+        because this takes the memory of a training step.
 
         Args:
             length: Longest row of the batch, in tokens.
@@ -185,6 +188,8 @@ class PackedForward:
         if not self.packs or length <= self._checked[gradients]:
             return
         size = max(16, 1 << (length - 1).bit_length())
+        if size > LONG:  # twice the length would take four times the memory of a mask
+            size = LONG // 2 * -(-length // (LONG // 2))
         # A model with learned positions has no positions beyond its table.
         size = min(size, getattr(self.config, "max_position_embeddings", None) or size)
         if length > self._checked[False]:
