@@ -282,7 +282,7 @@ def kept_attention(
             if softcap or (sliding_window or tree.prefix) < tree.prefix or 2 * len(position) <= tree.prefix:
                 out.append(attend(q, *prefix, _visible(position, tree.prefix, sliding_window)))
             else:
-                out.append(_spread(q, position, *prefix, attend))
+                out.append(_spread(attend, q, position, *prefix))
         if most := max(len(position) for _, position, *_ in branches):
             # All branches in one batch, as in `_branches`; a key's index in its row is its position.
             q, k, v = _batch_of_branches([(q, k, v) for q, _, k, v in branches], prefix, most, max(tree.branches))
@@ -292,7 +292,7 @@ def kept_attention(
     return torch.cat(out, 2).transpose(1, 2).contiguous()
 
 
-def _spread(query: Tensor, position: Tensor, key: Tensor, value: Tensor, attend: Callable[..., Tensor]) -> Tensor:
+def _spread(attend: Callable[..., Tensor], query: Tensor, position: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend from some positions of a row by causal attention from all, which takes no memory for a mask.
 
     It computes as many scores as attention from half of the positions under a mask.
