@@ -6,14 +6,15 @@ from pathlib import Path
 from lightning.pytorch.loggers import Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
 from rlhf_lightning.callbacks.table import SampleRow, asked, plain
+from rlhf_lightning.callbacks.trackio_logger import TrackioLogger
 from rlhf_lightning.types import JSON
 
 
 def log_samples(loggers: Sequence[Logger], rows: Sequence[SampleRow], title: str, chosen: dict[str, SampleRow]) -> None:
-    """Log the episodes of a round: a table in Weights & Biases and MLflow, text in TensorBoard.
+    """Log the episodes of a round: a table in Weights & Biases, MLflow and trackio, text in TensorBoard.
 
     Args:
-        loggers: Loggers of the trainer; others than these three are left out.
+        loggers: Loggers of the trainer; others than these four are left out.
         rows: The episodes of a round, at least one.
         title: Title of the text.
         chosen: The episodes of the text, by their label.
@@ -22,7 +23,7 @@ def log_samples(loggers: Sequence[Logger], rows: Sequence[SampleRow], title: str
     cells = [_cells(row) for row in rows]
     names = list(dict.fromkeys(name for one in cells for name in one))  # a failed episode has no terms
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
+        if isinstance(logger, WandbLogger | TrackioLogger):
             data = [[one.get(name) for name in names] for one in cells]
             logger.log_table("samples", columns=names, data=data, step=step)
         elif isinstance(logger, MLFlowLogger):
@@ -34,7 +35,7 @@ def log_samples(loggers: Sequence[Logger], rows: Sequence[SampleRow], title: str
 
 
 def log_report(loggers: Sequence[Logger], path: Path) -> None:
-    """Log the report of a stage as an artifact of Weights & Biases and MLflow; TensorBoard has no artifacts.
+    """Log the report of a stage as an artifact; TensorBoard has none.
 
     Args:
         loggers: Loggers of the trainer.
@@ -45,6 +46,8 @@ def log_report(loggers: Sequence[Logger], path: Path) -> None:
             logger.experiment.log_artifact(str(path), name=f"report-{logger.experiment.id}", type="report")
         elif isinstance(logger, MLFlowLogger):
             logger.experiment.log_artifact(logger.run_id, str(path))
+        elif isinstance(logger, TrackioLogger):
+            logger.experiment.log_artifact(path, type="report")
 
 
 def _cells(row: SampleRow) -> dict[str, JSON]:

@@ -1,6 +1,8 @@
 """What loggers of other tools get of a run, without a network: metrics, samples, and the report."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ def fit(base: str, tmp_path: Path, run: Callable[..., Any], name: str, **options
     config["model"]["rewards"] = [{"class_path": "rlhf_lightning.rewards.LengthReward", "init_args": {"target": 4}}]
     csv = {"class_path": "rlhf_lightning.checkpointing.metrics_csv.MetricsCSV", "init_args": {"folder": str(folder)}}
     other = {"class_path": f"lightning.pytorch.loggers.{name}", "init_args": options}
+    if name == "TrackioLogger":
+        other["class_path"] = "rlhf_lightning.callbacks.trackio_logger.TrackioLogger"
     config["trainer"] |= {"default_root_dir": str(folder), "logger": [csv, other], "log_every_n_steps": 1}
     config["trainer"]["callbacks"] = [
         {"class_path": "rlhf_lightning.callbacks.samples.SamplesLog", "init_args": {"table_every": 2}}
@@ -80,3 +84,38 @@ def test_wandb_offline(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     first = next(table for table in tables if table["data"][0][1] == 0)
     assert [row[5] for row in first["data"]] == [row["response"] for row in rows[:8]]
     assert b"report.html" in content
+
+
+def test_trackio_on_this_machine(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("trackio", reason="no trackio")
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "tk"))
+    # In a process that ends as a user's does, because trackio reads its folder when it is imported.
+    rows = fit(base, tmp_path, rlhf_process, "TrackioLogger", project="mine")
+    read = """
+import json, trackio
+from trackio.sqlite_storage import SQLiteStorage
+from rlhf_lightning.callbacks.trackio_logger import TrackioLogger
+
+[run] = trackio.Api().runs("mine")
+for steps in ([0], [1]):  # the second continues the first
+    logger = TrackioLogger("other", "named")
+    logger.log_hyperparams({"optimizer": {"lr": 0.5}})
+    for step in steps:
+        logger.log_metrics({"loss": 1.5}, step)
+    logger.finalize("success")
+[other] = trackio.Api().runs("other")
+logs = [SQLiteStorage.get_logs("mine", run.name), SQLiteStorage.get_logs("other", "named")]
+print("FOUND", json.dumps([other.config["optimizer"], *logs]))
+"""
+    said = subprocess.run([sys.executable, "-c", read], capture_output=True, text=True, check=True).stdout
+    settings, logs, others = json.loads(said.partition("FOUND ")[2].splitlines()[0])
+    assert settings == {"lr": 0.5}
+    assert [(one["step"], one["loss"]) for one in others] == [(0, 1.5), (1, 1.5)]
+    assert [one["step"] for one in logs if "train/reward" in one] == [0, 1, 2]
+    tables = [one["samples"]["_value"] for one in logs if "samples" in one]
+    assert [[row["response"] for row in table] for table in tables] == [
+        [row["response"] for row in rows[first : first + 8]] for first in (0, 16)
+    ]
+    assert list(tables[0][0]) == [*COLUMNS, "reward_LengthReward"]
+    [report] = [path for path in (tmp_path / "tk" / "artifacts").rglob("*") if path.is_file()]
+    assert report.read_bytes() == (tmp_path / "run" / "report.html").read_bytes()
