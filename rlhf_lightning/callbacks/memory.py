@@ -13,6 +13,7 @@ from rlhf_lightning.data.preference_rows import PreferenceExample
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
 from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.shards import data_ranks
+from rlhf_lightning.generation.fused_decoder import copied_bytes
 from rlhf_lightning.models.lora import is_quantized
 from rlhf_lightning.models.memory import (
     activation_bytes,
@@ -63,6 +64,8 @@ class MemoryUse:
     logits: int
     cache: int = 0
     """The sampler's KV cache."""
+    copies: int = 0
+    """The sampler's copy of the weights; see `FusedDecoder`."""
     visiting: int = 0
     """The largest model that is only temporarily on the device; see `Placement`."""
     available: int | None = None
@@ -72,7 +75,7 @@ class MemoryUse:
     @property
     def total(self) -> int:
         """Peak memory in bytes. Training steps and rollouts alternate, so only the larger of the two counts."""
-        step, rollout = self.activations + self.logits, max(self.cache, self.visiting)
+        step, rollout = self.activations + self.logits, max(self.cache + self.copies, self.visiting)
         return self.weights + self.gradients + self.optimizer + self.frozen + max(step, rollout)
 
     @property
@@ -82,7 +85,7 @@ class MemoryUse:
 
     def text(self) -> str:
         """The estimate as text: one line, followed by advice if it does not fit."""
-        names = ("weights", "gradients", "optimizer", "frozen", "activations", "logits", "cache", "visiting")
+        names = ("weights", "gradients", "optimizer", "frozen", "activations", "logits", "cache", "copies", "visiting")
         parts = ", ".join(f"{name} {_size(getattr(self, name))}" for name in names if getattr(self, name))
         available = f" of {_size(self.available)}" if self.available else ""
         line = f"estimated memory: {_size(self.total)}{available} ({parts})"
@@ -125,6 +128,7 @@ def estimate_memory(
         if token_logprobs and scored
         else 0,
         cache=cache_bytes(module.model, rows, row_tokens, size) if rows else 0,
+        copies=copied_bytes(module.model, size) if rows else 0,
         visiting=max((tensor_bytes(place.model.parameters()) for place in places if place.offload), default=0),
         available=device_bytes(device),
     )

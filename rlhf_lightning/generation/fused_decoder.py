@@ -62,9 +62,10 @@ class _Norm:
 class _Product:
     """One matrix product for linear layers with the same input, whose outputs are concatenated.
 
-    Adapters are not merged: rounded to bfloat16, a sum of weight and update would lose small updates, and differ from
-    training, which adds the adapter's output. All adapters of the layers are two products, `x + B A x`, with the first
-    factors concatenated and the second ones on the diagonal of one weight.
+    In float32 and wider, adapters are merged into the copy of the weights. In bfloat16 they are not: rounded to
+    bfloat16, a sum of weight and update would lose small updates, and differ from training, which adds the adapter's
+    output, `x + B A x`. There the first factors `A` are further rows of the weight, and the second ones are on the
+    diagonal of one weight.
 
     Args:
         layers: The layers.
@@ -73,27 +74,34 @@ class _Product:
     """
 
     def __init__(self, layers: Sequence[nn.Linear], adapters: Sequence[LoRAFactors | None], dtype: torch.dtype) -> None:
-        weights: list[Tensor] = [layer.weight.detach().to(dtype) for layer in layers]
-        weight = torch.cat(weights)
-        self.bias: Tensor | None = None
-        if any(layer.bias is not None for layer in layers):
-            zeros = [layer.weight.new_zeros(layer.out_features) for layer in layers]
-            pairs = zip(layers, zeros, strict=True)
-            biases: list[Tensor] = [zero if layer.bias is None else layer.bias for layer, zero in pairs]
-            self.bias = torch.cat(biases).to(dtype)
-        self.down: Tensor | None = None
-        """The first factors of the adapters, in one weight; None without adapters."""
+        self.dtype, self.outputs = dtype, sum(layer.out_features for layer in layers)
+        weights = [layer.weight.detach().to(dtype) for layer in layers]
+        biases = [None if layer.bias is None else layer.bias.detach().to(dtype) for layer in layers]
+        self.up: Tensor | None = None
+        """The second factors of the adapters; None without adapters that are not merged."""
         if any(adapters):
-            empty = [(layer.weight.new_zeros(0, layer.in_features), layer.weight[:, :0]) for layer in layers]
+            empty = [(weight.new_zeros(0, weight.shape[1]), weight[:, :0]) for weight in weights]
             factors = [pair or none for pair, none in zip(adapters, empty, strict=True)]
-            self.down = _packed(torch.cat([a for a, _ in factors]).to(dtype))
-            self.up = _packed(torch.block_diag(*(b for _, b in factors)).to(dtype))
-        self.weight, self.dtype = _packed(weight), dtype
+            if dtype.itemsize >= torch.float32.itemsize:
+                with torch.autocast(weights[0].device.type, enabled=False):
+                    pairs = zip(weights, factors, strict=True)
+                    weights = [torch.addmm(weight, b.to(dtype), a.to(dtype)) for weight, (a, b) in pairs]
+            else:
+                weights += [a.to(dtype) for a, _ in factors]
+                biases += [None] * len(factors)
+                self.up = _packed(torch.block_diag(*(b for _, b in factors)).to(dtype))
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            filled = [w.new_zeros(len(w)) if bias is None else bias for w, bias in zip(weights, biases, strict=True)]
+            self.bias = torch.cat(filled)
+        self.weight = _packed(torch.cat(weights))
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(self.dtype)
-        out = _linear(x, self.weight, self.bias)
-        return out if self.down is None else out.add_(_linear(_linear(x, self.down, None), self.up, None))
+        out = _linear(x.to(self.dtype), self.weight, self.bias)
+        if self.up is None:
+            return out
+        out, low = out.tensor_split([self.outputs], -1)
+        return out.add_(_linear(low.contiguous(), self.up, None))
 
 
 def _packed(weight: Tensor) -> Tensor:
@@ -305,14 +313,34 @@ def supports(model: "PreTrainedModel | PeftModel") -> bool:
         return False
     if any(hook.__module__ != last_layer.__name__ for module in base.modules() for hook in _hooks(module)):
         return False
-    projections = [
+    return all(_is_plain(module) for module in _projections(decoder))
+
+
+def copied_bytes(model: "PreTrainedModel | PeftModel", size: int) -> int:
+    """Bytes of the weights that `FusedDecoder` copies while it samples, without those of adapters.
+
+    Args:
+        model: A causal model, or a `PeftModel` around one.
+        size: Bytes of a number in the products.
+
+    Returns:
+        0 if `FusedDecoder` does not compute the model.
+    """
+    if not supports(model):
+        return 0
+    head = base_of(model).get_output_embeddings().weight
+    return size * sum(_plain(one).weight.numel() for one in _projections(base_of(model).get_decoder())) + head.nbytes
+
+
+def _projections(decoder: nn.Module) -> list[nn.Module]:
+    """The linear layers of a Llama-like decoder, or the adapters around them."""
+    return [
         module
         for layer in decoder.layers
         for part in (layer.self_attn, layer.mlp)
         for name, module in part.named_children()
         if name.endswith("_proj")
     ]
-    return all(_is_plain(module) for module in projections)
 
 
 def _hooks(module: nn.Module) -> list[Callable[..., object]]:

@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+WIDTHS = 16
+"""Attention of a decoding step covers a multiple of this many positions."""
 
 
 class Watch:
@@ -115,6 +117,9 @@ class LocalEngine:
         """False if `FusedDecoder` does not reproduce the model's logits."""
         self._fused: FusedDecoder | None = None
         """The decoder with the weights of the present `generate` call; None if the model's own modules run."""
+        self._kept: FusedDecoder | None = None
+        """The decoder that all `generate` calls of a session use."""
+        self._in_session = False
         self.watch = Watch()
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -195,11 +200,16 @@ class LocalEngine:
             return
         weight = next(self.model.parameters())
         autocast = torch.is_autocast_enabled("cpu") and weight.dtype == torch.float32
-        self._fused = FusedDecoder(self.model, torch.get_autocast_dtype("cpu") if autocast else weight.dtype)
+        dtype = torch.get_autocast_dtype("cpu") if autocast else weight.dtype
+        if self._kept is None or self._kept.dtype != dtype:
+            self._kept = FusedDecoder(self.model, dtype)
+        self._fused = self._kept
         try:
             yield
         finally:
             self._fused = None
+            if not self._in_session:
+                self._kept = None
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
@@ -216,9 +226,10 @@ class LocalEngine:
     def session(self) -> Iterator[None]:
         """Context manager around the sampling of some episodes, which all ranks enter and leave together.
 
-        Within it, ranks may call `generate` different numbers of times. A sharded model is gathered on every rank if
-        memory allows. Otherwise `_synchronized` is set: each forward pass is announced to the other ranks, and a rank
-        that is done runs `_idle` until all are.
+        The weights must not change within it, because `FusedDecoder` copies them once per session. Ranks may call
+        `generate` different numbers of times. A sharded model is gathered on every rank if memory allows. Otherwise
+        `_synchronized` is set: each forward pass is announced to the other ranks, and a rank that is done runs `_idle`
+        until all are.
 
         Raises:
             ConfigError: If the model cannot be gathered and is sampled with its own `generate`.
@@ -226,10 +237,11 @@ class LocalEngine:
         with unsharded_or_synchronized(self.model, self.gather, self._idle) as self._synchronized:
             if self._synchronized:
                 self._check_in_step()
+            self._in_session = True
             try:
                 yield
             finally:
-                self._synchronized = None
+                self._in_session, self._kept, self._synchronized = False, None, None
 
     def _check_in_step(self) -> None:
         """Check the model on all ranks together, and reject it if it needs its own `generate`."""
@@ -558,8 +570,9 @@ class SlotBatch:
         """Decode one token of every slot."""
         # Positions in use, including that of the token which is fed now.
         width = max(len(row.prompt) + len(row.completion.ids) for row in self.row_of_slot if row is not None)
-        self.kv_cache.width = width
         self.kv_cache.reserve(width, self.limit)
+        # oneDNN generates code for each shape, so widths are rounded up; positions beyond a row's own are masked.
+        self.kv_cache.width = min(-(-width // WIDTHS) * WIDTHS, self.kv_cache.capacity)
         # Free slots are computed as well and their results ignored; their positions only have to be valid.
         self.kv_cache.positions.clamp_(max=width - 1)
         logits = self._decode(self.kv_cache, self.tokens)

@@ -30,6 +30,11 @@ class BatchSampler(ThreadSampler):
         super().__init__(engine.slots, max_waiting)
         self.engine = engine
 
+    def _run(self) -> None:
+        # The weights of a server do not change, so a session copies them once for all requests.
+        with self.engine.session():
+            super()._run()
+
     def _sample(self, job: Job) -> None:
         with self.engine.decoding(job.row.limit) as in_slots:
             if in_slots:

@@ -268,8 +268,32 @@ def test_fused_products_round_adapters_as_training_does_unlike_merged_weights(to
     x = torch.randn(256, layers[0].in_features)
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         wanted = torch.cat([layer(x) for layer in layers], -1).float()
-        fused = _Product([layer.base_layer for layer in layers], found, torch.bfloat16)(x).float()
+        bases = [layer.base_layer for layer in layers]
+        fused = _Product(bases, found, torch.bfloat16)(x).float()
+        exact = _Product(bases, found, torch.float32)
         merged = torch.cat([x @ (w.base_layer.weight + f.b @ f.a).t() for w, f in zip(layers, found, strict=True)], -1)
     # Sums of a product may be rounded in another order, which changes few of its outputs.
     assert (fused != wanted).float().mean() < 0.02
     assert (merged.float() != wanted).float().mean() > 0.2
+    with torch.inference_mode():
+        torch.testing.assert_close(exact(x), torch.cat([layer(x) for layer in layers], -1), atol=1e-5, rtol=0)
+
+
+def test_weights_are_copied_once_per_session_and_anew_afterwards(tokenizer: Any) -> None:
+    model: Any = build_model(tokenizer)
+    engine = LocalEngine(model, tokenizer.decode)
+    request = [[5, 6, 7], [8, 9]], SamplingParams(max_tokens=4), [1, 2]
+    with engine.session():
+        before = engine.generate(*request)
+        copy = engine._kept
+        assert copy is not None
+        assert engine.generate(*request) == before
+        assert engine._kept is copy
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            engine.generate(*request)
+        assert engine._kept is not copy
+    assert engine._kept is None
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(3)
+    assert engine.generate(*request) != before
+    assert engine._kept is None

@@ -16,6 +16,7 @@ from rlhf_lightning.callbacks.export import ExportModel
 from rlhf_lightning.callbacks.memory import MemoryEstimate, MemoryUse, estimate_memory
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.generation import fused_decoder
 from rlhf_lightning.generation.kv_cache import SlotKVCache
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.loading import load_for_scoring
@@ -373,11 +374,15 @@ def test_measurement_changes_no_state(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_estimated_cache_equals_that_of_the_sampler(
+def test_estimated_cache_and_copies_equal_those_of_the_sampler(
     precision: Any, base: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    sizes = []
-    fill = SlotKVCache.fill
+    sizes, copies = [], []
+    fill, pack = SlotKVCache.fill, fused_decoder._packed
+
+    def packed(weight: torch.Tensor) -> torch.Tensor:
+        copies.append(weight.nbytes)
+        return pack(weight)
 
     def seen(slots: SlotKVCache, *args: Any) -> None:
         fill(slots, *args)
@@ -386,6 +391,7 @@ def test_estimated_cache_equals_that_of_the_sampler(
         sizes.append((slots.count, per_token))
 
     monkeypatch.setattr(SlotKVCache, "fill", seen)
+    monkeypatch.setattr(fused_decoder, "_packed", packed)
     module = PolicyRLModule(base, rewards=[FunctionReward(thirds)], sampler=Sampler(max_tokens=5, min_tokens=5))
     found, data = MemoryEstimate(), PromptDataModule(prompts(4), prompts_per_round=2, group_size=3)
     trainer(tmp_path, callbacks=[found], precision=precision, max_steps=1).fit(module, data)
@@ -393,6 +399,8 @@ def test_estimated_cache_equals_that_of_the_sampler(
     longest = max(row.tokens for row in data.prepared["train"].rows)
     assert count == 6
     assert found.estimate.cache == per_token * (longest + 5)
+    products = 4 * module.model.config.num_hidden_layers + 1
+    assert found.estimate.copies == sum(copies[-products:])
 
 
 def test_estimate_is_one_line_or_a_warning_with_advice(base: str, tmp_path: Path, caplog: Any) -> None:
@@ -425,9 +433,9 @@ def test_estimate_is_one_line_or_a_warning_with_advice(base: str, tmp_path: Path
 
 
 def test_total_is_that_of_the_larger_phase() -> None:
-    step = MemoryUse(10, 10, 20, 5, activations=100, logits=50, cache=120, visiting=30)
+    step = MemoryUse(10, 10, 20, 5, activations=100, logits=50, cache=100, copies=20, visiting=30)
     assert step.total == 45 + 150
-    step.cache = 400
+    step.cache = 380
     assert step.total == 45 + 400
     step.available = 556
     assert not step.fits
