@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rlhf_lightning.generation.kv_cache import PrefillCache, SlotKVCache
+from rlhf_lightning.generation.kv_cache import PrefillCache, SharedPrompts, SlotKVCache
 from rlhf_lightning.models import last_layer
 from rlhf_lightning.models.attention import Decoding, packed_attention
 from rlhf_lightning.models.attention import kept_attention as attention_of_kept
@@ -246,17 +246,48 @@ class FusedDecoder:
         Returns:
             States of these tokens, `[slots, H]`.
         """
-        groups = self.heads // self.key_heads
+        groups, shared = self.heads // self.key_heads, kv_cache.shared
         bias = Decoding(kv_cache.positions, kv_cache.width).bias(None, self.key_heads, groups, self.wide)
+        if shared:
+            bias = bias[..., shared.columns :]
 
         def attend(index: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             keys, values = kv_cache.layers[index].update(key[:, :, None], value[:, :, None])
+            if shared:
+                return self._attend_in_groups(query, keys, values, bias, shared)
             # Query heads that share keys are the rows of one product. Scores are in float32, as in training.
             q, k = query.reshape(-1, groups, self.size).to(self.wide), keys.flatten(0, 1).transpose(1, 2).to(self.wide)
             weights = torch.baddbmm(bias, q, k, alpha=self.scale).softmax(-1).to(self.dtype)
             return torch.bmm(weights, values.flatten(0, 1)).view(len(query), -1)
 
         return self._run(tokens, kv_cache.positions, attend)
+
+    def _attend_in_groups(
+        self, query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, shared: SharedPrompts
+    ) -> Tensor:
+        """Attention of a step in which each group of slots reads the keys and values of its prompt once.
+
+        Args:
+            query: `[slots, heads, size]`.
+            keys: `[slots, key heads, width, size]`.
+            values: As `keys`.
+            bias: Added to the scores of the positions after the shared ones.
+            shared: The groups.
+
+        Returns:
+            `[slots, heads · size]`.
+        """
+        count, heads, first = len(query), self.key_heads, shared.columns
+        q = query.view(count, heads, -1, self.size).to(self.wide)
+        # Products of the prompts of all groups, then of the positions that each slot has alone, under one softmax.
+        prompts = shared.prompts(keys).transpose(1, 2).to(self.wide)
+        scores = self.scale * shared.scatter(torch.bmm(shared.gather(q), prompts), heads)
+        own = keys[:, :, first:].flatten(0, 1).transpose(1, 2).to(self.wide)
+        own_scores = torch.baddbmm(bias, q.flatten(0, 1), own, alpha=self.scale).unflatten(0, (count, heads))
+        weights = torch.cat([scores, own_scores], -1).softmax(-1).to(self.dtype)
+        of_prompts = torch.bmm(shared.gather(weights[..., :first]), shared.prompts(values))
+        of_own = torch.bmm(weights[..., first:].flatten(0, 1), values[:, :, first:].flatten(0, 1))
+        return (shared.scatter(of_prompts, heads).flatten(0, 1) + of_own).view(count, -1)
 
     def _run(self, ids: Tensor, positions: Tensor, attend: Attend, ends: Tensor | None = None) -> Tensor:
         """Hidden states after the last norm, of all tokens or of those at `ends`.

@@ -1,6 +1,7 @@
 """KV cache for decoding: preallocated buffers with one slot per row, written in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -103,6 +104,51 @@ class SlotLayer(CacheLayerMixin):
         return -1
 
 
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Slots in groups with equal prompts, so that attention reads the keys of a prompt once per group.
+
+    Args:
+        columns: Number of first positions that are equal within each group.
+        members: The slots of each group, `[groups, largest group]`; small groups repeat their first slot.
+        groups: Group of each slot, `[slots]`.
+        ranks: Index of each slot in its row of `members`, `[slots]`.
+
+    Example:
+        >>> shared = SharedPrompts.of([[0, 3], [1]], slots=4, columns=16, device=torch.device("cpu"))
+        >>> shared.members.tolist(), shared.groups.tolist(), shared.ranks.tolist()
+        ([[0, 3], [1, 1]], [0, 1, 0, 0], [0, 0, 0, 1])
+    """
+
+    columns: int
+    members: Tensor
+    groups: Tensor
+    ranks: Tensor
+
+    @classmethod
+    def of(cls, members: Sequence[Sequence[int]], slots: int, columns: int, device: torch.device) -> "SharedPrompts":
+        """The tensors for groups that are given as lists of slots; free slots get those of any group."""
+        largest = max(map(len, members))
+        padded = torch.tensor([[*group, *[group[0]] * (largest - len(group))] for group in members])
+        groups, ranks = torch.zeros(slots, dtype=torch.long), torch.zeros(slots, dtype=torch.long)
+        for number, group in enumerate(members):
+            groups[group], ranks[group] = number, torch.arange(len(group))
+        return cls(columns, padded.to(device), groups.to(device), ranks.to(device))
+
+    def gather(self, states: Tensor) -> Tensor:
+        """States of each group: `[slots, heads, queries, size]` → `[groups · heads, members · queries, size]`."""
+        return states[self.members].transpose(1, 2).flatten(2, 3).flatten(0, 1)
+
+    def scatter(self, states: Tensor, heads: int) -> Tensor:
+        """States of each slot, the reverse of `gather`."""
+        count, largest = self.members.shape
+        return states.unflatten(1, (largest, -1)).unflatten(0, (count, heads))[self.groups, :, self.ranks]
+
+    def prompts(self, states: Tensor) -> Tensor:
+        """Keys or values of each prompt: `[slots, heads, width, size]` → `[groups · heads, columns, size]`."""
+        return states[:, :, : self.columns][self.members[:, 0]].flatten(0, 1)
+
+
 class SlotKVCache:
     """KV cache with a slot for each of `count` rows.
 
@@ -116,6 +162,7 @@ class SlotKVCache:
         positions: Position of the next token of each slot, `[count]`.
         width: 1 more than the largest position in use.
         capacity: Number of tokens per slot that fit in the buffers.
+        shared: Slots with equal prompts, if attention is to compute them in groups.
 
     Example:
         >>> kv_cache = SlotKVCache(layers=2, count=4, device=torch.device("cpu"))
@@ -126,6 +173,7 @@ class SlotKVCache:
 
     def __init__(self, layers: int, count: int, device: torch.device, transposed: bool = False) -> None:
         self.count, self.capacity, self.width, self.transposed = count, 0, 0, transposed
+        self.shared: SharedPrompts | None = None
         self.numbers = torch.arange(count, device=device)
         self.positions = torch.zeros(count, dtype=torch.long, device=device)
         self.layers = [SlotLayer(self) for _ in range(layers)]

@@ -22,7 +22,7 @@ from rlhf_lightning.errors import ConfigError, first_line
 from rlhf_lightning.generation.cuda_graphs import GraphedStep
 from rlhf_lightning.generation.fused_decoder import FusedDecoder, supports
 from rlhf_lightning.generation.hf_generate import generate
-from rlhf_lightning.generation.kv_cache import PrefillCache, SlotKVCache
+from rlhf_lightning.generation.kv_cache import PrefillCache, SharedPrompts, SlotKVCache
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts, record_token, sample_token, uniforms
 from rlhf_lightning.models.attention import Decoding
 from rlhf_lightning.models.backbone import Backbone, in_mode
@@ -48,6 +48,9 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 WIDTHS = 16
 """Attention of a decoding step covers a multiple of this many positions."""
+SHARED_KEYS = 2048
+"""Attention reads equal prompts once per group if this saves at least so many keys per head. Gathering the queries of
+the groups takes as long as reading 1,000 to 2,000 keys (docs/performance.md)."""
 
 
 class Watch:
@@ -320,6 +323,11 @@ class LocalEngine:
         states = self._decoder(tokens[:, None], kv_cache.positions[:, None], kv_cache.cache, layout)[:, -1]
         return self.backbone.logits(states)
 
+    @property
+    def shares(self) -> bool:
+        """True if the decoder that is prepared computes `SlotKVCache.shared`."""
+        return self._fused is not None
+
     def new_cache(self, slots: int, device: torch.device) -> SlotKVCache:
         """An empty cache for the decoder that is prepared."""
         return SlotKVCache(self.layers, slots, device, transposed=self._fused is not None)
@@ -471,6 +479,8 @@ class SlotBatch:
         """Last token of each slot, `[slots]`."""
         self.limit = 0
         """Tokens of the longest possible row."""
+        self._grouped = False
+        """True if `kv_cache.shared` has the groups of the rows that are in the slots now."""
         # Steps with synchronization between ranks cannot be recorded.
         graphed = engine.cuda_graphs and self.device.type == "cuda" and not engine._synchronized
         self._decode = GraphedStep(engine.step) if graphed else engine.step
@@ -525,12 +535,14 @@ class SlotBatch:
         more = min(self.engine.slots, active + len(self.waiting)) - len(self.row_of_slot)
         if more > 0:
             self.row_of_slot += [None] * more
+            self._grouped = False
             self.tokens = F.pad(self.tokens, (0, more))
             self.uniforms = F.pad(self.uniforms, (0, 0, 0, more))
             self.kv_cache.add_slots(more)
 
     def _admit(self, free: list[int]) -> None:
         """Move waiting rows into free slots; a prompt that several of them share is computed once."""
+        self._grouped = False
         admitted = [self.waiting.pop() for _ in range(min(len(free), len(self.waiting)))]
         distinct = list(dict.fromkeys(row.prompt for row in admitted))
         self.kv_cache.reserve(max(len(prompt) for prompt in distinct) + 1, self.limit)
@@ -573,11 +585,26 @@ class SlotBatch:
         self.kv_cache.reserve(width, self.limit)
         # oneDNN generates code for each shape, so widths are rounded up; positions beyond a row's own are masked.
         self.kv_cache.width = min(-(-width // WIDTHS) * WIDTHS, self.kv_cache.capacity)
+        if not self._grouped:
+            self.kv_cache.shared, self._grouped = self._shared_prompts() if self.engine.shares else None, True
         # Free slots are computed as well and their results ignored; their positions only have to be valid.
         self.kv_cache.positions.clamp_(max=width - 1)
         logits = self._decode(self.kv_cache, self.tokens)
         self.kv_cache.positions += 1
         self._sample(list(range(len(self.row_of_slot))), logits)
+
+    def _shared_prompts(self) -> SharedPrompts | None:
+        """Slots with equal prompts; None if computing them in groups would not be faster."""
+        slots_of: dict[tuple[int, ...], list[int]] = {}
+        for slot, row in enumerate(self.row_of_slot):
+            if row is not None:
+                slots_of.setdefault(row.prompt, []).append(slot)
+        rows, members = sum(map(len, slots_of.values())), list(slots_of.values())
+        columns = min(map(len, slots_of)) // WIDTHS * WIDTHS
+        padded = len(members) * max(map(len, members))
+        if (rows - len(members)) * columns < SHARED_KEYS or padded > 2 * rows:
+            return None
+        return SharedPrompts.of(members, len(self.row_of_slot), columns, self.device)
 
     def _sample(self, slots: list[int], logits: Tensor) -> None:
         """Sample a token for the row in each of these slots.
@@ -606,6 +633,7 @@ class SlotBatch:
         """Drop free slots once no rows are waiting."""
         kept = torch.tensor([slot for slot, row in enumerate(self.row_of_slot) if row is not None], device=self.device)
         self.row_of_slot = [row for row in self.row_of_slot if row is not None]
+        self._grouped = False
         self.tokens, self.uniforms = self.tokens[kept], self.uniforms[kept]
         self.kv_cache.select(kept)
 

@@ -10,7 +10,8 @@ from peft import get_peft_model
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.generation.fused_decoder import _Product, supports
+from rlhf_lightning.generation import local_engine
+from rlhf_lightning.generation.fused_decoder import FusedDecoder, _Product, supports
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.sampler import ModelSampler, Sampler
 from rlhf_lightning.generation.token_sampling import SamplingParams, is_complete, sample_token
@@ -297,3 +298,27 @@ def test_weights_are_copied_once_per_session_and_anew_afterwards(tokenizer: Any)
         model.get_output_embeddings().weight.mul_(3)
     assert engine.generate(*request) != before
     assert engine._kept is None
+
+
+def test_prompts_shared_by_groups_of_rows_change_no_tokens(tokenizer: Any, monkeypatch: Any) -> None:
+    model: Any = build_model(tokenizer).double()
+    engine = LocalEngine(model, tokenizer.decode, slots=6)
+    prompts = [list(range(5, 40)), list(range(3, 53)), list(range(9, 30))]
+    rows = [prompts[0]] * 5 + [prompts[1]] * 3 + [prompts[2]]
+    request = rows, SamplingParams(max_tokens=20, stop_token_ids=tuple(range(0, 100, 7))), range(len(rows))
+    alone = engine.generate(*request)
+    assert len({len(completion.ids) for completion in alone}) > 2  # slots become free at different times
+    calls: list[int] = []
+    grouped = FusedDecoder._attend_in_groups
+
+    def seen(*args: Any) -> torch.Tensor:
+        calls.append(len(args[1]))
+        return grouped(*args)
+
+    monkeypatch.setattr(FusedDecoder, "_attend_in_groups", seen)
+    monkeypatch.setattr(local_engine, "SHARED_KEYS", 16)
+    together = engine.generate(*request)
+    assert len(set(calls)) > 1
+    for a, b in zip(alone, together, strict=True):
+        assert a.ids == b.ids
+        assert a.logprobs == pytest.approx(b.logprobs, abs=1e-9)
