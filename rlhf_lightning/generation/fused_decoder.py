@@ -27,7 +27,7 @@ from rlhf_lightning.models.sharding import is_sharded
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
@@ -76,7 +76,8 @@ class _Product:
     def __init__(self, layers: Sequence[nn.Linear], adapters: Sequence[LoRAFactors | None], dtype: torch.dtype) -> None:
         self.dtype, self.outputs = dtype, sum(layer.out_features for layer in layers)
         weights = [layer.weight.detach().to(dtype) for layer in layers]
-        biases = [None if layer.bias is None else layer.bias.detach().to(dtype) for layer in layers]
+        biases: list[Tensor | None] = [layer.bias for layer in layers]
+        biases = [None if bias is None else bias.detach().to(dtype) for bias in biases]
         self.up: Tensor | None = None
         """The second factors of the adapters; None without adapters that are not merged."""
         if any(adapters):
@@ -363,7 +364,7 @@ def copied_bytes(model: "PreTrainedModel | PeftModel", size: int) -> int:
     return size * sum(_plain(one).weight.numel() for one in _projections(base_of(model).get_decoder())) + head.nbytes
 
 
-def _projections(decoder: nn.Module) -> list[nn.Module]:
+def _projections(decoder: "LlamaModel") -> list[nn.Module]:
     """The linear layers of a Llama-like decoder, or the adapters around them."""
     return [
         module
