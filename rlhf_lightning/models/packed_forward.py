@@ -1,7 +1,7 @@
 """The forward pass: computes the hidden states of requested positions without padding and repeated prefixes."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import first_line
-from rlhf_lightning.models import last_layer
+from rlhf_lightning.models import fused_layers, last_layer
 from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.backbone import in_mode
+from rlhf_lightning.models.fused_layers import LayerWeights
 from rlhf_lightning.models.lora import base_of, is_quantized
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_shared_prefixes, group_by_token_budget
 from rlhf_lightning.models.precision import NARROW
@@ -34,8 +35,10 @@ CPU_TOKENS, GPU_TOKENS = 2048, 16384
 """Default number of tokens computed at once; on a CPU, the number that fits into its caches (benchmarks/sharing.py)."""
 LONG = 2048
 """Rows above this number of tokens are checked at the next multiple of its half."""
-GRADIENT_TOKENS = 1024
-"""Length in tokens up to which gradients of packed rows are compared."""
+GRADIENT_TOKENS = 256
+"""Length in tokens up to which gradients are compared. At 1,024, this took more memory than a training step."""
+_CHECK_ROWS = 4
+"""Number of rows that are compared."""
 KEPT = 0.75
 """Largest fraction of positions for which the last layer leaves out the others."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
@@ -95,6 +98,8 @@ class PackedForward:
         """The last decoder layer, which computes only wanted positions; None if it computes all."""
         if self._last is not None:
             last_layer.install(self._last)
+        self._fuses = fused_layers.install(model)
+        """True if layers are fused, which happens under autocast to bfloat16 on a CPU."""
         # Compare immediately on a few tokens, because an attention that cannot be replaced must not stay replaced.
         if install(self.config):
             self._compare(16, gradients=False)
@@ -129,8 +134,9 @@ class PackedForward:
         run = self._packed if self.packs else self._padded
         groups = group_by_token_budget(trees, budget)
         spare = max_over_ranks(len(groups), self.model) - len(groups)
+        weights = self._layer_weights()
         with self.saving():
-            parts = [run(input_ids, wanted, group) for group in groups]
+            parts = [run(input_ids, wanted, group, weights) for group in groups]
         states, rows, numbers = (torch.cat(part) for part in zip(*parts, strict=True))
         for _ in range(spare):
             # Ranks must run a sharded model equally often, including backward, so this adds a term of value 0.
@@ -141,9 +147,23 @@ class PackedForward:
         """Number of tokens computed at once on a device."""
         return self.max_tokens_per_batch or (CPU_TOKENS if device.type == "cpu" else GPU_TOKENS)
 
-    def _packed(self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix]) -> Hidden:
+    def _can_fuse(self) -> bool:
+        """True if fused layers can run: of weights that autocast rounds, and without hooks, dropout and compilation."""
+        wide = next(iter(self.model.parameters())).dtype not in NARROW
+        return self._fuses and self.packs and wide and fused_layers.runs(self.model)
+
+    def _layer_weights(self) -> LayerWeights | None:
+        """Weights of fused layers, which all token groups share; None if the layers' own modules run."""
+        if not torch.is_autocast_enabled("cpu") or torch.get_autocast_dtype("cpu") != torch.bfloat16:
+            return None
+        return LayerWeights(torch.bfloat16) if self._can_fuse() else None
+
+    def _packed(
+        self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix], weights: LayerWeights | None = None
+    ) -> Hidden:
         """Hidden states of a group of trees, as one packed row."""
         layout = PackedLayout(trees, input_ids.device)
+        layout.weights = weights
         places, rows, columns = layout.places(wanted)
         if self._reduces_last_layer(input_ids.device) and len(kept := places.unique()) <= KEPT * len(layout.rows):
             layout.kept, places = kept, torch.searchsorted(kept, places)
@@ -162,7 +182,9 @@ class PackedForward:
         last = self._last
         return last is not None and device.type == "cpu" and not is_sharded(self.model) and not _is_compiled(last)
 
-    def _padded(self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix]) -> Hidden:
+    def _padded(
+        self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix], weights: LayerWeights | None = None
+    ) -> Hidden:
         """Hidden states of a group of right-padded rows, without sharing."""
         numbers = torch.tensor([tree.rows[0] for tree in trees])
         width = max(tree.tokens for tree in trees)
@@ -178,7 +200,7 @@ class PackedForward:
 
         Values are compared at the next power of two, from `LONG` on at the next multiple of its half, so that this
         happens only a few times. If gradients are on, they are compared, too, at up to `GRADIENT_TOKENS` tokens,
-        because this takes the memory of a training step.
+        because this takes memory as a training step does.
 
         Args:
             length: Longest row of the batch, in tokens.
@@ -204,11 +226,15 @@ class PackedForward:
         if reason := self._failure(self._packing_difference, length, gradients):
             uninstall(self.config)
             log.info("%s cannot run packed rows (%s); using padded rows without shared prompts", name, reason)
-        elif self._reduces_last_layer(device) and (
+            return
+        if self._reduces_last_layer(device) and (
             reason := self._failure(self._last_layer_difference, length, gradients)
         ):
             self._last = None
             log.info("the last layer of %s computes all positions, also those without a use (%s)", name, reason)
+        if self._can_fuse() and (reason := self._failure(self._fusion_difference, length, gradients)):
+            self._fuses = False
+            log.info("the layers of %s run their own modules, which is slower (%s)", name, reason)
 
     def _failure(self, compare: Callable[[int, bool], float], length: int, gradients: bool) -> str | None:
         """The reason why results differ by more than rounding; None if they do not."""
@@ -229,10 +255,9 @@ class PackedForward:
         plain = [SharedPrefix((row,), end, (0,)) for row, end in enumerate(ends)]
         with _exact_mode(self.model, ids.device, gradients):
             packed = self._effects([run_unsharded(self.model, self._packed, ids, wanted, shared)], length)
-            apart = self._effects(
-                [run_unsharded(self.model, self._padded, ids, wanted, [tree]) for tree in plain], length
-            )
-        return _relative_difference(packed, apart)
+            # Row by row, because the graphs of all rows would take more memory than that of the packed ones.
+            rows = (run_unsharded(self.model, self._padded, ids, wanted, [tree]) for tree in plain)
+            return _relative_difference(packed, self._effects(rows, length))
 
     def _last_layer_difference(self, length: int, gradients: bool) -> float:
         """The same between packed rows whose last layer computes wanted positions only, and all positions."""
@@ -245,13 +270,21 @@ class PackedForward:
         self._last = last
         return _relative_difference(*found)
 
+    def _fusion_difference(self, length: int, gradients: bool) -> float:
+        """The same between packed rows of fused layers and of the layers' own modules."""
+        ids, wanted, shared = self._check_rows(length)
+        weights = LayerWeights(next(iter(self.model.parameters())).dtype)
+        with _exact_mode(self.model, ids.device, gradients):
+            found = [self._effects([self._packed(ids, wanted, shared, way)], length) for way in (weights, None)]
+        return _relative_difference(*found)
+
     def _check_rows(self, length: int) -> tuple[Tensor, Tensor, list[SharedPrefix]]:
         """Random rows of up to `length` tokens, the positions of their tokens, and the prefixes that they share."""
         weight = next(iter(self.model.parameters()))
         generator = torch.Generator().manual_seed(length)
         vocabulary = base_of(self.model).get_input_embeddings().weight.shape[0]
         # An unrelated row, then a prefix with a long, a short and an empty branch.
-        ids = torch.randint(0, vocabulary, (4, length), generator=generator)
+        ids = torch.randint(0, vocabulary, (_CHECK_ROWS, length), generator=generator)
         prefix = max(1, length // 2)
         ids[2:, :prefix] = ids[1, :prefix]
         ends = [length // 3 + 1, length, min(length, prefix + length // 8 + 1), prefix]
@@ -263,15 +296,21 @@ class PackedForward:
             [SharedPrefix((0,), ends[0], (0,)), SharedPrefix((1, 2, 3), prefix, branches)],
         )
 
-    def _effects(self, parts: list[Hidden], length: int) -> list[Tensor]:
+    def _effects(self, parts: Iterable[Hidden], length: int) -> list[Tensor]:
         """Hidden states in batch order, and the gradients of a random projection of them."""
-        hidden = Hidden(*(torch.cat(part) for part in zip(*parts, strict=True)))
-        states = hidden.states.float()[(hidden.rows * length + hidden.columns).argsort()]
-        if not states.requires_grad:
-            return [states]
-        generator = torch.Generator().manual_seed(length)
-        direction = torch.randn(states.shape, generator=generator).to(states.device)
-        return [states.detach(), *_gradients(self.model, (states * direction).sum())]
+        states: list[Tensor] = []
+        order: list[Tensor] = []
+        gradients: list[Tensor] = []
+        for hidden in parts:
+            states.append(hidden.states.detach().float())
+            order.append(hidden.rows * length + hidden.columns)
+            if hidden.states.requires_grad:
+                generator = torch.Generator().manual_seed(length)
+                direction = torch.randn(_CHECK_ROWS, length, states[0].shape[-1], generator=generator)
+                direction = direction[hidden.rows.cpu(), hidden.columns.cpu()].to(hidden.states.device)
+                found = _gradients(self.model, (hidden.states.float() * direction).sum())
+                gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
+        return [torch.cat(states)[torch.cat(order).argsort()], *gradients]
 
 
 def _relative_difference(found: list[Tensor], right: list[Tensor]) -> float:

@@ -10,6 +10,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
+    from rlhf_lightning.models.fused_layers import LayerWeights
+
 
 @dataclass(frozen=True)
 class SharedPrefix:
@@ -144,6 +146,7 @@ class PackedLayout:
         rows: Row of each token in the batch, `[n]`.
         columns: Column of each token in the batch, which is also its position, `[n]`.
         kept: Increasing indices of the tokens that the last layer computes, `[m]`; None for all. See `last_layer`.
+        weights: Weights of fused layers; None if the layers' own modules run. See `fused_layers`.
 
     Example:
         >>> layout = PackedLayout([SharedPrefix((0, 1), 2, (1, 1))], torch.device("cpu"))
@@ -154,6 +157,7 @@ class PackedLayout:
     def __init__(self, trees: Sequence[SharedPrefix], device: torch.device) -> None:
         self.trees, self.device = list(trees), device
         self.kept: Tensor | None = None
+        self.weights: LayerWeights | None = None
         rows, columns, tree_ids, branch_ids = [], [], [], []
         for number, tree in enumerate(trees):
             spans = [(tree.rows[0], 0, tree.prefix, 0)]

@@ -1,0 +1,502 @@
+"""Decoder layers of Llama-like models on a CPU under autocast to bfloat16: few products, little kept for backward.
+
+Autocast converts weights and states for every product, and autograd keeps inputs and outputs of every operation. Here
+query, key and value are one product, gate and up another; the adapters (LoRA) of layers with the same input are two
+products. Norms and the activation are computed again in backward, so that a layer keeps its two residual states, the
+rotated queries and keys, the values, the output of attention, and gate and up. The precisions are those of autocast:
+factors and outputs of products are bfloat16, everything else is float32.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from rlhf_lightning.models import last_layer
+from rlhf_lightning.models.attention import packed_attention
+from rlhf_lightning.models.lora import base_of
+from rlhf_lightning.models.packing import PackedLayout
+from rlhf_lightning.models.sharding import is_sharded, layers_of
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+MODELS = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of `model_type` whose layers are computed here."""
+Gradients = list[Tensor | None]
+
+
+class Part(NamedTuple):
+    """A parameter of a projection, and where it is in the joined weights.
+
+    Attributes:
+        kind: `weight` or `bias` of a linear layer, `a` or `b` of its adapter.
+        parameter: The parameter.
+        rows: Outputs of the layer.
+        ranks: Ranks of the adapter.
+        scale: Factor of the joined weight: that of the adapter for `b`, 1 for the others.
+    """
+
+    kind: Literal["weight", "bias", "a", "b"]
+    parameter: Tensor
+    rows: slice
+    ranks: slice
+    scale: float
+
+
+class Projection:
+    """Linear layers with the same input as one product, with their adapters as two more.
+
+    The output is `h Wᵀ + c + (h Aᵀ) Bᵀ`, with the weights and first factors concatenated, and the second factors, with
+    their scales, on the diagonal of B.
+
+    Args:
+        layers: Linear layers, or peft's `Linear` around them.
+        dtype: Type of the products; the weights are copied.
+
+    Attributes:
+        parameters: The parameters of the layers, which `gradients` follows.
+
+    Example:
+        >>> projection = Projection([nn.Linear(4, 2), nn.Linear(4, 3)], torch.float32)
+        >>> out, down = projection(torch.zeros(5, 4))
+        >>> out.shape
+        torch.Size([5, 5])
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._parts: list[Part] = []
+        row = rank = 0
+        for layer in layers:
+            linear = _base(layer)
+            assert isinstance(linear, nn.Linear)
+            like: Tensor = linear.weight
+            rows = slice(row, row := row + linear.out_features)
+            self._parts.append(Part("weight", linear.weight, rows, slice(0), 1.0))
+            if linear.bias is not None:
+                self._parts.append(Part("bias", linear.bias, rows, slice(0), 1.0))
+            if (factors := _factors(layer)) is not None:
+                a, b, scale = factors
+                ranks = slice(rank, rank := rank + len(a))
+                self._parts += [Part("a", a, rows, ranks, 1.0), Part("b", b, rows, ranks, scale)]
+        self.parameters = [part.parameter for part in self._parts]
+        inputs = like.shape[1]
+        self.weight = like.new_empty(row, inputs, dtype=dtype)
+        kinds = {part.kind for part in self._parts}
+        self.bias = like.new_zeros(row, dtype=dtype) if "bias" in kinds else None
+        self.a = like.new_empty(rank, inputs, dtype=dtype) if "a" in kinds else None
+        self.b = like.new_zeros(row, rank, dtype=dtype) if "a" in kinds else None
+        with torch.no_grad():
+            for part in self._parts:
+                self._place(part).copy_(part.parameter)
+                if part.kind == "b":
+                    self._place(part).mul_(part.scale)
+
+    def _place(self, part: Part) -> Tensor:
+        """The part's place in the joined weights."""
+        found = {"weight": self.weight, "bias": self.bias, "a": self.a, "b": self.b}[part.kind]
+        assert found is not None
+        if part.kind == "b":
+            return found[part.rows, part.ranks]
+        return found[part.ranks if part.kind == "a" else part.rows]
+
+    def __call__(self, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The outputs `[n, out]`, and those of the first factors `[n, ranks]`, for states `[n, in]`."""
+        out = F.linear(states, self.weight, self.bias)
+        if self.a is None or self.b is None:
+            return out, None
+        down = F.linear(states, self.a)
+        return out.addmm_(down, self.b.t()), down
+
+    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Gradients of the input and of the first factors' outputs, from that of the outputs, `[n, out]`."""
+        by_input = grad @ self.weight
+        if self.a is None or self.b is None:
+            return by_input, None
+        by_down = grad @ self.b
+        return by_input.addmm_(by_down, self.a), by_down
+
+    def gradients(
+        self, needed: Sequence[bool], grad: Tensor, states: Tensor | None, down: Tensor | None, by_down: Tensor | None
+    ) -> Gradients:
+        """Gradients of the parameters.
+
+        Args:
+            needed: True for each parameter that needs one.
+            grad: Gradient of the outputs, `[n, out]`.
+            states: The input, `[n, in]`; may be None if `reads_input` is False.
+            down: Outputs of the first factors, `[n, ranks]`.
+            by_down: Their gradient.
+        """
+        found: dict[str, Tensor] = {}
+        for kind in {part.kind for part, need in zip(self._parts, needed, strict=True) if need}:
+            if kind == "bias":
+                found[kind] = grad.sum(0, dtype=torch.promote_types(grad.dtype, torch.float32))
+            elif kind == "b":
+                assert down is not None
+                found[kind] = (down.t() @ grad).t()  # faster than the same product without the transposes
+            else:
+                factor = grad if kind == "weight" else by_down
+                assert factor is not None
+                assert states is not None
+                found[kind] = factor.t() @ states
+        gradients: Gradients = []
+        for part, need in zip(self._parts, needed, strict=True):
+            if not need:
+                gradients.append(None)
+            elif part.kind == "b":
+                gradients.append(found["b"][part.rows, part.ranks].to(part.parameter.dtype).mul_(part.scale))
+            else:
+                index = part.ranks if part.kind == "a" else part.rows
+                gradients.append(found[part.kind][index].to(part.parameter.dtype))
+        return gradients
+
+    def reads_input(self, needed: Sequence[bool]) -> bool:
+        """True if a needed gradient depends on the input."""
+        return any(need and part.kind in ("weight", "a") for part, need in zip(self._parts, needed, strict=True))
+
+
+class NormProductFunction(torch.autograd.Function):
+    """Autograd function: `apply(x, norm_weight, eps, projection, *projection.parameters)` → `[n, out]`.
+
+    The projection of an RMS norm; `x` is `[n, H]`. The norm is computed again in backward.
+
+    Example:
+        >>> projection = Projection([nn.Linear(4, 2, bias=False)], torch.float32)
+        >>> NormProductFunction.apply(torch.ones(3, 4), torch.ones(4), 1e-6, projection, *projection.parameters).shape
+        torch.Size([3, 2])
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, norm_weight: Tensor, eps: float, projection: Projection, *parameters: Tensor
+    ) -> Tensor:
+        """Compute the output."""
+        with torch.autocast("cpu", enabled=False):
+            norm = _inverse_norm(x, eps)
+            out, down = projection(_normed(x, norm, norm_weight, projection.dtype))
+        ctx.projection = projection
+        ctx.save_for_backward(x, norm_weight, norm, down)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the states, the norm's weight and the parameters."""
+        x, norm_weight, norm, down = ctx.saved_tensors
+        projection: Projection = ctx.projection
+        needed = ctx.needs_input_grad[4:]
+        with torch.autocast("cpu", enabled=False):
+            by_states, by_down = projection.backward(grad)
+            states = _normed(x, norm, norm_weight, projection.dtype) if projection.reads_input(needed) else None
+            gradients = projection.gradients(needed, grad, states, down, by_down)
+            by_weight = _by_norm_weight(by_states, x, norm) if ctx.needs_input_grad[1] else None
+            by_x = _norm_backward(by_states, x, norm, norm_weight) if ctx.needs_input_grad[0] else None
+        return by_x, by_weight, None, None, *gradients
+
+
+class ResidualProductFunction(torch.autograd.Function):
+    """Autograd function: `apply(x, states, projection, *projection.parameters)` → `x + projection(states)`, `[n, H]`.
+
+    Example:
+        >>> projection = Projection([nn.Linear(2, 4, bias=False)], torch.float32)
+        >>> states = torch.zeros(3, 2)
+        >>> ResidualProductFunction.apply(torch.ones(3, 4), states, projection, *projection.parameters).shape
+        torch.Size([3, 4])
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, states: Tensor, projection: Projection, *parameters: Tensor) -> Tensor:
+        """Compute the output."""
+        with torch.autocast("cpu", enabled=False):
+            out, down = projection(states)
+            ctx.projection = projection
+            ctx.save_for_backward(states, down)
+            return x + out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of both states and the parameters."""
+        states, down = ctx.saved_tensors
+        projection: Projection = ctx.projection
+        with torch.autocast("cpu", enabled=False):
+            narrow = grad.to(projection.dtype)
+            by_states, by_down = projection.backward(narrow)
+            gradients = projection.gradients(ctx.needs_input_grad[3:], narrow, states, down, by_down)
+        return grad, by_states, None, *gradients
+
+
+class MLPFunction(torch.autograd.Function):
+    """Autograd function: `apply(x, norm_weight, eps, gate_up, down, *parameters)` → `x + MLP(norm(x))`, `[n, H]`.
+
+    The MLP is `down(silu(gate) · up)`; `parameters` are those of `gate_up` and `down`. Norm and activation are computed
+    again in backward.
+
+    Example:
+        >>> gate_up = Projection([nn.Linear(4, 6), nn.Linear(4, 6)], torch.float32)
+        >>> down = Projection([nn.Linear(6, 4)], torch.float32)
+        >>> parameters = [*gate_up.parameters, *down.parameters]
+        >>> MLPFunction.apply(torch.ones(3, 4), torch.ones(4), 1e-6, gate_up, down, *parameters).shape
+        torch.Size([3, 4])
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        gate_up: Projection,
+        down: Projection,
+        *parameters: Tensor,
+    ) -> Tensor:
+        """Compute the output."""
+        with torch.autocast("cpu", enabled=False):
+            norm = _inverse_norm(x, eps)
+            hidden, hidden_down = gate_up(_normed(x, norm, norm_weight, gate_up.dtype))
+            gate, up = hidden.chunk(2, -1)
+            out, out_down = down(F.silu(gate).mul_(up))
+            ctx.gate_up, ctx.down = gate_up, down
+            ctx.save_for_backward(x, norm_weight, norm, hidden, hidden_down, out_down)
+            return x + out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of the states, the norm's weight and the parameters."""
+        x, norm_weight, norm, hidden, hidden_down, out_down = ctx.saved_tensors
+        gate_up: Projection = ctx.gate_up
+        down: Projection = ctx.down
+        needed = ctx.needs_input_grad[5:]
+        first, second = needed[: len(gate_up.parameters)], needed[len(gate_up.parameters) :]
+        with torch.autocast("cpu", enabled=False):
+            narrow = grad.to(down.dtype)
+            by_act, by_down = down.backward(narrow)
+            gate, up = hidden.chunk(2, -1)
+            act = F.silu(gate)
+            by_hidden = torch.empty_like(hidden)
+            by_gate, by_up = by_hidden.chunk(2, -1)
+            torch.mul(by_act, act, out=by_up)
+            torch.ops.aten.silu_backward.grad_input(by_act.mul_(up), gate, grad_input=by_gate)
+            of_down = down.gradients(second, narrow, act.mul_(up), out_down, by_down)
+            del act, by_act
+            by_states, by_down = gate_up.backward(by_hidden)
+            states = _normed(x, norm, norm_weight, gate_up.dtype) if gate_up.reads_input(first) else None
+            of_gate_up = gate_up.gradients(first, by_hidden, states, hidden_down, by_down)
+            by_weight = _by_norm_weight(by_states, x, norm) if ctx.needs_input_grad[1] else None
+            by_x = _norm_backward(by_states, x, norm, norm_weight).add_(grad) if ctx.needs_input_grad[0] else None
+        return by_x, by_weight, None, None, None, *of_gate_up, *of_down
+
+
+class RotaryFunction(torch.autograd.Function):
+    """Autograd function: `apply(states, cos, sin)` → rotary position embedding of `[n, heads, size]`.
+
+    `cos` and `sin` are `[n, 1, size]`, for halves of a head that are rotated against each other. Nothing else is kept
+    for backward.
+
+    Example:
+        >>> RotaryFunction.apply(torch.ones(3, 2, 4), torch.ones(3, 1, 4), torch.zeros(3, 1, 4)).shape
+        torch.Size([3, 2, 4])
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Compute the output."""
+        ctx.save_for_backward(cos, sin)
+        half = states.shape[-1] // 2
+        # rotate(x) · sin = swap(x) · sin with the first half of the sines negated, where swap exchanges the halves
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        wide = states.to(cos.dtype)
+        return torch.addcmul(wide * cos, wide.roll(half, -1), sin).to(states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        """Gradient of the states."""
+        cos, sin = ctx.saved_tensors
+        half = grad.shape[-1] // 2
+        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+        wide = grad.to(cos.dtype)
+        return (wide * cos).add_((wide * sin).roll(half, -1)).to(grad.dtype), None, None
+
+
+def _inverse_norm(x: Tensor, eps: float) -> Tensor:
+    """1 / √(mean of squares + eps), `[n, 1]`."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _normed(x: Tensor, norm: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The states `[n, H]` after the norm."""
+    return (x * norm).mul_(weight).to(dtype)
+
+
+def _norm_backward(grad: Tensor, x: Tensor, norm: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of a norm's input: `r g − x r³ mean(g x)`, with r the inverse norm and g the weighted gradient."""
+    weighted = grad * weight
+    slope = (weighted * x).mean(-1, keepdim=True).mul_(norm**3)
+    return weighted.mul_(norm).addcmul_(x, slope, value=-1)
+
+
+def _by_norm_weight(grad: Tensor, x: Tensor, norm: Tensor) -> Tensor:
+    """Gradient of a norm's weight, `[H]`."""
+    return (grad * x).mul_(norm).sum(0)
+
+
+class LayerWeights:
+    """Copies of the weights of fused layers in the type of the products; all token groups of a forward pass share them.
+
+    Args:
+        dtype: Type of the products.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self._found: dict[int, Projection] = {}
+
+    def projection(self, *layers: nn.Module) -> Projection:
+        """The projection of linear layers with the same input."""
+        found = self._found.get(id(layers[0]))
+        if found is None:
+            found = self._found[id(layers[0])] = Projection(layers, self.dtype)
+        return found
+
+
+def install(model: nn.Module) -> bool:
+    """Make the decoder layers of a model follow `PackedLayout.weights`; without it they run unchanged.
+
+    Args:
+        model: A Hugging Face model, or a `PeftModel` around one.
+
+    Returns:
+        False if its layers are not computed here.
+    """
+    config = base_of(model).config.get_text_config()
+    layers = layers_of(model)
+    if not layers or not all(_is_known(layer, config) for layer in layers):
+        return False
+    for layer in layers:
+        layer.forward = partial(_forward, layer, config)
+    return True
+
+
+def _is_known(layer: nn.Module, config: "PretrainedConfig") -> bool:
+    """True for a layer of one of `MODELS` with SwiGLU; a subclass may compute something else."""
+    own = vars(layer).get("forward")
+    return (
+        config.model_type in MODELS
+        and config.hidden_act == "silu"
+        and type(layer).__module__.startswith(f"transformers.models.{config.model_type}.")
+        and (own is None or (isinstance(own, partial) and own.func is _forward))
+    )
+
+
+def runs(model: nn.Module) -> bool:
+    """True if the layers of a model can be fused at present: on a CPU, not sharded, without dropout and hooks.
+
+    A model with hooks runs its own modules, because a hook may read or change what they compute.
+
+    Args:
+        model: A model for which `install` returned True.
+    """
+    if is_sharded(model) or next(model.parameters()).device.type != "cpu":
+        return False
+    layers, dropout = layers_of(model), base_of(model).config.get_text_config().attention_dropout
+    return all(_is_plain(layer) and not (dropout and layer.training) for layer in layers)
+
+
+def _is_plain(layer: "LlamaDecoderLayer") -> bool:
+    """True for a layer without hooks of others, compilation, dropout and unusual adapters."""
+    if getattr(layer, "_compiled_call_impl", None) is not None:
+        return False
+    for module in layer.modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if any(hook.__module__ != last_layer.__name__ for hook in hooks):
+            return False
+    parts = (*layer.self_attn.named_children(), *layer.mlp.named_children())
+    return all(_is_plain_linear(module) for name, module in parts if name.endswith("_proj"))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """True for a linear layer, or peft's LoRA around one with at most one active adapter of the plain kind."""
+    base = _base(module)
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or "forward" in vars(base):
+        return False
+    if base is module:
+        return True
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import Linear
+
+    if not isinstance(module, LoraLayer) or type(module) not in (Linear,) or module.merged or "forward" in vars(module):
+        return False
+    active = [name for name in module.active_adapters if name in module.lora_A]
+    if module.disable_adapters or not active:
+        return True
+    name, *more = active
+    dropout, second = module.lora_dropout[name], module.lora_B[name]
+    return (
+        not more
+        and name not in module.lora_variant
+        and type(second) is nn.Linear
+        and second.bias is None
+        and type(second.weight) is nn.Parameter
+        and not (isinstance(dropout, nn.Dropout) and dropout.training and dropout.p)
+    )
+
+
+def _base(module: nn.Module) -> nn.Module:
+    """The layer below an adapter, or the layer itself."""
+    found: nn.Module = getattr(module, "base_layer", module)
+    return found
+
+
+def _factors(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:
+    """Both factors and the scale of the active adapter of a layer; None if there is none."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(module, LoraLayer) or module.disable_adapters:
+        return None
+    for name in module.active_adapters:
+        if name in module.lora_A:
+            a, b = (getattr(module, part)[name].weight for part in ("lora_A", "lora_B"))
+            return a, b, float(module.scaling[name])
+    return None
+
+
+def _forward(
+    layer: "LlamaDecoderLayer", config: "PretrainedConfig", hidden_states: Tensor, *args: Any, **kwargs: Any
+) -> Any:
+    """The layer's forward: fused if the layout has weights, and otherwise its own."""
+    layout = kwargs.get("layout")
+    if not isinstance(layout, PackedLayout) or layout.weights is None:
+        return type(layer).forward(layer, hidden_states, *args, **kwargs)
+    attention, mlp, weights = layer.self_attn, layer.mlp, layout.weights
+    cos, sin = (part[0, :, None] for part in kwargs["position_embeddings"])
+    x = hidden_states[0]
+    qkv = weights.projection(attention.q_proj, attention.k_proj, attention.v_proj)
+    norm = layer.input_layernorm
+    states = NormProductFunction.apply(x, norm.weight, norm.variance_epsilon, qkv, *qkv.parameters)
+    states = states.unflatten(-1, (-1, attention.head_dim))
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    if hasattr(attention, "q_norm"):
+        query, key, value = states.split([heads, key_heads, key_heads], 1)
+        rotated = torch.cat([attention.q_norm(query), attention.k_norm(key)], 1)
+    else:
+        rotated, value = states.split([heads + key_heads, key_heads], 1)
+    query, key = RotaryFunction.apply(rotated, cos, sin).split([heads, key_heads], 1)
+    # A view of all states would keep them for backward.
+    query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value.contiguous()))
+    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    attended = packed_attention(query, key, value, layout, attention.scaling, window)[0].flatten(1)
+    output = weights.projection(attention.o_proj)
+    x = ResidualProductFunction.apply(x, attended, output, *output.parameters)
+    gate_up, down = weights.projection(mlp.gate_proj, mlp.up_proj), weights.projection(mlp.down_proj)
+    norm = layer.post_attention_layernorm
+    parameters = (*gate_up.parameters, *down.parameters)
+    return MLPFunction.apply(x, norm.weight, norm.variance_epsilon, gate_up, down, *parameters)[None]
