@@ -159,18 +159,18 @@ def test_fused_layer_keeps_what_its_docstring_says(tokenizer: Any) -> None:
     batch, tokens, kept = rows_of((60, (40, 30)), (50, (30, 50))), 260, []
     for layers in (5, 4):
         model = adapted(model_of("llama", tokenizer, num_hidden_layers=layers))
-        forward, storages = forward_of(model), dict[int, int]()
+        forward, found = forward_of(model), dict[int, torch.UntypedStorage]()
 
-        def keep(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+        def keep(tensor: Tensor, found: dict[int, torch.UntypedStorage] = found) -> Tensor:
             if not isinstance(tensor, nn.Parameter):
-                storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
             return tensor
 
         with torch.autocast("cpu", torch.bfloat16):
             states_of(forward, batch)  # compares fused layers with their modules first
             with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: kept):
                 hidden = states_of(forward, batch)
-        kept.append(sum(storages.values()))
+        kept.append(sum(storage.nbytes() for storage in found.values()))
         del hidden
     config = model.config
     heads = config.num_attention_heads + config.num_key_value_heads
