@@ -12,10 +12,10 @@ from rlhf_lightning.errors import first_line
 from rlhf_lightning.models import fused_layers, last_layer
 from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.backbone import in_mode
-from rlhf_lightning.models.fused_layers import LayerWeights
 from rlhf_lightning.models.lora import base_of, is_quantized
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_shared_prefixes, group_by_token_budget
 from rlhf_lightning.models.precision import NARROW
+from rlhf_lightning.models.projection import LayerWeights
 from rlhf_lightning.models.sharding import (
     full_tensor,
     is_sharded,

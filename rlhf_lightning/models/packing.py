@@ -10,7 +10,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-    from rlhf_lightning.models.fused_layers import LayerWeights
+    from rlhf_lightning.models.projection import LayerWeights
 
 
 @dataclass(frozen=True)

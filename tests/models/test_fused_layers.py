@@ -11,16 +11,15 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from torch import Tensor, nn
 
 from rlhf_lightning.models.fused_layers import (
-    LayerWeights,
     MLPFunction,
     NormProductFunction,
-    Projection,
     ResidualProductFunction,
     RotaryFunction,
 )
 from rlhf_lightning.models.lora import LoRA, base_of
 from rlhf_lightning.models.packed_forward import Hidden, PackedForward
 from rlhf_lightning.models.packing import prefix_lengths
+from rlhf_lightning.models.projection import LayerWeights, Projection
 from rlhf_lightning.models.sharding import layers_of
 from tests.models.test_packed_forward import close, gradients, model_of, rows_of
 from tests.models.test_precision import graph_names
