@@ -21,8 +21,7 @@ from rlhf_lightning.models.packed_forward import Hidden, PackedForward
 from rlhf_lightning.models.packing import prefix_lengths
 from rlhf_lightning.models.projection import LayerWeights, Projection
 from rlhf_lightning.models.sharding import layers_of
-from tests.models.test_packed_forward import close, gradients, model_of, rows_of
-from tests.models.test_precision import graph_names
+from tests.helpers.packed import close, gradients, graph_names, model_of, rows_of
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {"attention_bias": True},

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
-from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.last_layer import KeptLayout
 from rlhf_lightning.models.loading import compile_layers
@@ -23,32 +22,12 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs
 from rlhf_lightning.rewards import FunctionReward
 from tests.helpers.models import build_model
 from tests.helpers.modules import vowels
+from tests.helpers.packed import close, gradients, model_of, rows_of
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.training import sgd, trainer
 
 pytestmark = pytest.mark.usefixtures("every_comparison")
 PACKING = ["qwen3", "qwen2", "llama", "mistral", "gemma2", "gemma3", "phi", "phi3", "gpt2", "cohere", "neox"]
-VOCABULARY = 60
-
-
-def model_of(architecture: str, tokenizer: Any, **options: Any) -> Any:
-    return build_model(tokenizer, architecture=architecture, vocab_size=VOCABULARY, pad_token_id=0, **options)
-
-
-def rows_of(*trees: tuple[int, tuple[int, ...]], seed: int = 3) -> dict[str, torch.Tensor]:
-    """Shuffled rows from (prompt length, response lengths); the mask is 1 on responses."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(count: int) -> list[int]:
-        return torch.randint(3, VOCABULARY, (count,), generator=generator).tolist()
-
-    rows = []
-    for prompt_length, lengths in trees:
-        prompt = draw(prompt_length)
-        rows += [(prompt, draw(length)) for length in lengths]
-    order = torch.randperm(len(rows), generator=generator).tolist()
-    chosen = [rows[i] for i in order]
-    return pad_tokens([p + r for p, r in chosen], [[0] * len(p) + [1] * len(r) for p, r in chosen], 0)
 
 
 def plain(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) -> torch.Tensor:
@@ -63,20 +42,6 @@ def plain(model: Any, batch: dict[str, torch.Tensor], temperature: float = 1.0) 
 
 def on(device: torch.device, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.to(device) for name, value in batch.items()}
-
-
-def gradients(model: Any, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def close(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor], relative: float) -> None:
-    assert found.keys() == wanted.keys()
-    scale = torch.stack([value.norm() for value in wanted.values()]).norm()
-    for name, value in wanted.items():
-        # Some gradients are 0 up to rounding (a bias on keys); they are compared with the norm of all gradients.
-        assert (found[name] - value).norm() <= relative * (value.norm() + 1e-3 * scale), name
 
 
 CASES = {

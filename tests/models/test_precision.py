@@ -28,6 +28,7 @@ from rlhf_lightning.rewards import ModelReward
 from rlhf_lightning.types import Completion
 from tests.helpers.models import build_model
 from tests.helpers.modules import module_and_data
+from tests.helpers.packed import graph_names
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.usefixtures("every_comparison")
@@ -175,16 +176,6 @@ def test_short_attention_equals_that_of_float64(
     for ours, right in zip(found, wanted, strict=True):
         assert ours.dtype == torch.bfloat16
         assert (ours - right).norm() < 1e-2 * right.norm()
-
-
-def graph_names(tensor: Tensor) -> str:
-    """Names of all functions that a tensor was computed with."""
-    names, left = set(), [tensor.grad_fn]
-    while left:
-        if (node := left.pop()) is not None and node not in names:
-            names.add(node)
-            left += [parent for parent, _ in node.next_functions]
-    return " ".join(node.name() for node in names)
 
 
 def test_bf16_mixed_clips_gradients_of_a_fused_optimizer(base: str, tmp_path: Path) -> None:
