@@ -15,6 +15,7 @@ PACKAGE = ROOT / "rlhf_lightning"
 TESTS = ROOT / "tests"
 ROOMS = [
     {"cli", "quickstart"},
+    {"tinker"},
     {"callbacks", "labeling", "serving"},
     {"diagnostics"},
     {"checkpointing"},

@@ -36,6 +36,7 @@ COMMANDS = {
     "label": ("rlhf_lightning.cli.label", "compare answers on a web page, to make pairs for preference learning"),
     "chat": ("rlhf_lightning.cli.chat", "chat with one or several models"),
     "serve": ("rlhf_lightning.cli.serve", "serve a model with OpenAI's API"),
+    "tinker": ("rlhf_lightning.cli.tinker", "serve a model for training through Tinker's API"),
     "export": ("rlhf_lightning.cli.export", "merge an adapter, change the dtype, or upload to the Hub"),
     "init": ("rlhf_lightning.cli.init", "create a project folder with configs and example data"),
     "configs": ("rlhf_lightning.cli.configs", "list the configs that come with the package, or copy one to edit"),

@@ -44,12 +44,13 @@ def check_port(options: argparse.Namespace) -> None:
     check_whole("--port", options.port, 0, 65535)
 
 
-def access_of(options: argparse.Namespace, variable: str) -> "Access":
+def access_of(options: argparse.Namespace, variable: str, prefix: str = "") -> "Access":
     """Who may use the server: anyone on this machine; beyond it, whoever has the token.
 
     Args:
         options: The parsed flags.
         variable: Environment variable of the token. A flag would be visible in the list of processes.
+        prefix: What a generated token begins with.
 
     Raises:
         ConfigError: If the token is too short.
@@ -57,7 +58,7 @@ def access_of(options: argparse.Namespace, variable: str) -> "Access":
     from rlhf_lightning.web import Access, is_local
 
     local = is_local(options.host)
-    token = os.environ.get(variable) or (None if local else secrets.token_urlsafe(16))
+    token = os.environ.get(variable) or (None if local else prefix + secrets.token_urlsafe(16))
     return Access(token, (*options.allowed_host, *(() if local else (socket.gethostname(), options.host))), variable)
 
 

@@ -113,6 +113,7 @@ class TokenLogprobs:
         temperature: float = 1.0,
         details: bool = False,
         teacher: Comparison | None = None,
+        targets: Tensor | None = None,
     ) -> TokenLogprobsOutput:
         """Compute log-probabilities of the tokens with mask 1. A prompt that several rows share is computed once.
 
@@ -122,6 +123,7 @@ class TokenLogprobs:
             temperature: Temperature of the softmax.
             details: Also compute entropies, a flag if the token is the most likely one, and values.
             teacher: A teacher's distributions at the same tokens; also compute the divergence from them.
+            targets: Tokens to score instead of those of `input_ids`, each after the same preceding tokens, `[B, T]`.
 
         Returns:
             Log-probabilities in nats, and the details, `[B, T]` each.
@@ -130,14 +132,15 @@ class TokenLogprobs:
             wide = self(*_widened(input_ids, loss_mask), temperature, details, teacher)
             return TokenLogprobsOutput(*[None if part is None else part[:, :1] for part in wide])  # type: ignore[arg-type]
         kept, counts = kept_positions(loss_mask)
+        targets = input_ids if targets is None else targets
         if self.backbone.separable:
             rows, columns, parts = run_unsharded(
-                self.backbone.model, self._apart, input_ids, loss_mask, kept, temperature, details, teacher
+                self.backbone.model, self._apart, input_ids, loss_mask, targets, kept, temperature, details, teacher
             )
         else:
             rows, columns, logits = self._whole(input_ids, kept)
             places = torch.arange(len(rows), device=rows.device)
-            parts = _logprobs_of(logits, input_ids[rows, columns], temperature, details, teacher, places)
+            parts = _logprobs_of(logits, targets[rows, columns], temperature, details, teacher, places)
         full = [
             None if part is None else part.new_zeros(loss_mask.shape).index_put((rows, columns), part * counts)
             for part in parts
@@ -176,6 +179,7 @@ class TokenLogprobs:
         self,
         input_ids: Tensor,
         loss_mask: Tensor,
+        targets: Tensor,
         kept: Tensor,
         temperature: float,
         details: bool,
@@ -190,7 +194,7 @@ class TokenLogprobs:
         rows, columns = hidden.rows, hidden.columns + 1
         # Places of these positions in the teacher's order.
         places = rows if teacher is None else (rows * input_ids.shape[1] + columns).argsort().argsort()
-        parts = self._from_hidden(hidden.states, input_ids[rows, columns], temperature, details, teacher, places)
+        parts = self._from_hidden(hidden.states, targets[rows, columns], temperature, details, teacher, places)
         if details and self.value_head is not None:
             parts = (*parts[:3], state_values(self.value_head, hidden.states), *parts[4:])
         return rows, columns, parts
