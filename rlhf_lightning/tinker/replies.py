@@ -17,8 +17,8 @@ FLOAT32 = 1
 """Number of the type float32 in protobuf messages."""
 NO_LOGPROB = -99999.0
 """Log-probability in an empty cell of a table of most likely tokens."""
-STOP_REASONS = {"stop": 0, "length": 1}
-"""Ends of a sample by their number in protobuf messages."""
+LENGTH = 1
+"""Number of the end `length` in protobuf messages; that of `stop` is 0, which is not written."""
 
 
 class Reply(ABC):
@@ -137,7 +137,7 @@ class SampleReply(Reply):
         tops: Sequence[Top | None] = found.top_samples or [None] * len(found.completions)
         sequences = b""
         for one, top in zip(found.completions, tops, strict=True):
-            sequence = write(1, STOP_REASONS[one.stop_reason])
+            sequence = write(1, LENGTH) if one.stop_reason == "length" else b""
             sequence += write(2, as_bytes(torch.tensor(one.ids, dtype=torch.int32)))
             sequence += write(3, as_bytes(torch.tensor(one.logprobs, dtype=torch.float32)))
             sequences += write(1, sequence + (b"" if top is None else write(4, _table(top, 0))))

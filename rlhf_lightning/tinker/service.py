@@ -1,20 +1,15 @@
 """The calls of Tinker's API: sessions, training runs, sampling sessions and checkpoints, without HTTP."""
 
-import hashlib
 import secrets
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_lightning.errors import quoted
 from rlhf_lightning.models.language_model import LanguageModel
-from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.serving.fields import Fields, RequestError
-from rlhf_lightning.tinker.adapters import AdaptedModel, AdaptedModels, Weights
+from rlhf_lightning.tinker.adapters import AdaptedModel, AdaptedModels
 from rlhf_lightning.tinker.checkpoints import Address, CheckpointStore, Record
 from rlhf_lightning.tinker.replies import ForwardBackwardReply, JSONReply, Reply, SampleReply
 from rlhf_lightning.tinker.requests import (
@@ -29,6 +24,8 @@ from rlhf_lightning.tinker.requests import (
     metadata,
     sample_request,
 )
+from rlhf_lightning.tinker.results import Results
+from rlhf_lightning.tinker.runs import SNAPSHOTS, Runs
 from rlhf_lightning.tinker.sampling import sample
 from rlhf_lightning.tinker.training import TrainingRun
 from rlhf_lightning.tinker.worker import Call, Task, Worker
@@ -36,12 +33,6 @@ from rlhf_lightning.types import JSON
 
 UNLIMITED = 2**17
 """Largest number of tokens of a row, for models without a limit."""
-SNAPSHOTS = 8
-"""Number of unnamed sampling sessions of a training run that are kept; each holds a copy of the adapter."""
-RETRIEVED, ABANDONED = 300.0, 3600.0
-"""Seconds for which a result is kept after a client has retrieved it, and if no client does."""
-RESENT = 64
-"""Number of requests of a training run that a client may send again."""
 
 
 class Body(Fields):
@@ -65,49 +56,12 @@ class Body(Fields):
         return self.whole("seq_id", 0, SEEDS)
 
 
-@dataclass
-class _Run:
-    """A training run as clients see it."""
-
-    lora: LoRA
-    user_metadata: dict[str, str]
-    last_request: float = field(default_factory=time.time)
-    training: TrainingRun | None = None
-    """None until the worker has created it."""
-    requests: OrderedDict[int, tuple[str, str]] = field(default_factory=OrderedDict)
-    """Digest and request id of the requests that the client may send again, by `seq_id`."""
-    last_seq_id: int = 0
-    snapshots: OrderedDict[str, Weights] = field(default_factory=OrderedDict)
-    """Weights of its unnamed sampling sessions."""
-
-
 @dataclass(frozen=True)
 class _SamplingSession:
     """What a sampling session samples from: the base, a checkpoint, or a snapshot of a run."""
 
     address: Address | None = None
     run: str | None = None
-
-
-@dataclass
-class _Result:
-    """The future of a request, and when it was finished or first retrieved."""
-
-    future: Future[Reply]
-    done: float | None = None
-    retrieved: float | None = None
-
-    def finish(self, _: Future[Reply]) -> None:
-        """Note that the future is done."""
-        self.done = time.monotonic()
-
-    @property
-    def is_stale(self) -> bool:
-        """True if nobody is expected to retrieve the result any more."""
-        now = time.monotonic()
-        if self.retrieved is not None:
-            return now > self.retrieved + RETRIEVED
-        return self.done is not None and now > self.done + ABANDONED
 
 
 class SampleTask(Task):
@@ -149,7 +103,7 @@ class TinkerService:
     """
 
     def __init__(self, loaded: LanguageModel, name: str, folder: Path, slots: int = 16, most_runs: int = 8) -> None:
-        self.name, self.most_runs = name, most_runs
+        self.name = name
         # An absolute path, because clients on this machine load the tokenizer from it in their own working directory.
         self.tokenizer_id = str(Path(loaded.folder).resolve()) if Path(loaded.folder).is_dir() else loaded.folder
         context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
@@ -160,9 +114,9 @@ class TinkerService:
         self._checkpoints = CheckpointStore(folder, loaded)
         self._worker = Worker()
         self._sessions: set[str] = set()
-        self._runs: dict[str, _Run] = {}
+        self._runs = Runs(most_runs)
         self._samplers: dict[str, _SamplingSession] = {}
-        self._results: OrderedDict[str, _Result] = OrderedDict()
+        self._results = Results()
 
     def start(self) -> None:
         """Begin to compute."""
@@ -175,64 +129,20 @@ class TinkerService:
     # -- futures ------------------------------------------------------------------------------------------------------
 
     def result(self, request_id: str) -> Future[Reply]:
-        """The future of a request.
-
-        Args:
-            request_id: Id of the request.
-
-        Raises:
-            RequestError: If it is unknown.
-        """
-        found = self._results.get(request_id)
-        if found is None:
-            raise RequestError(
-                f"the request {request_id[:80]!r} is unknown: the server was started again, or its result was "
-                "retrieved long ago",
-                status=404,
-            )
-        if found.future.done():
-            found.retrieved = found.retrieved or time.monotonic()
-        return found.future
+        """The future of a request; see `Results.get`."""
+        return self._results.get(request_id)
 
     def _submit(self, task: Task) -> str:
         """Let a task wait for its turn; returns the id of the request."""
-        for known in [known for known, result in self._results.items() if result.is_stale]:
-            del self._results[known]
-        request_id = secrets.token_hex(8)
-        result = self._results[request_id] = _Result(task.future)
-        task.future.add_done_callback(result.finish)
+        request_id = self._results.add(task.future)
         self._worker.add(task)
         return request_id
 
-    def _submit_in_order(self, model_id: str, seq_id: int | None, content: bytes, task: Task) -> dict[str, JSON]:
-        """Submit a task of a training run. A request that is sent again after a lost connection runs once.
-
-        Args:
-            model_id: Id of the run.
-            seq_id: The client's number of the request; None for none.
-            content: The request as it was sent.
-            task: The task.
-        """
-        run = self._run(model_id)
-        run.last_request = time.time()
-        digest = hashlib.sha256(content).hexdigest()
-        if seq_id is None:
-            return {"request_id": self._submit(task), "model_id": model_id}
-        if seq_id in run.requests:
-            before, request_id = run.requests[seq_id]
-            if before != digest:
-                raise RequestError(f"seq_id {seq_id} of {model_id} was used for another request; count up", "seq_id")
-        elif seq_id <= run.last_seq_id:
-            raise RequestError(
-                f"seq_id {seq_id} of {model_id} comes after {run.last_seq_id}; send the requests of a training run in "
-                "order",
-                "seq_id",
-            )
-        else:
-            request_id = self._submit(task)
-            run.requests[seq_id], run.last_seq_id = (digest, request_id), seq_id
-            if len(run.requests) > RESENT:
-                run.requests.popitem(last=False)
+    def _submit_in_order(
+        self, model_id: str, seq_id: int | None, content: bytes, work: Callable[[], Reply]
+    ) -> dict[str, JSON]:
+        """Submit work of a training run; see `Run.admit`."""
+        request_id = self._runs.get(model_id).admit(seq_id, content, lambda: self._submit(Call(work)))
         return {"request_id": request_id, "model_id": model_id}
 
     # -- sessions and training runs -----------------------------------------------------------------------------------
@@ -258,22 +168,6 @@ class TinkerService:
             )
         return session
 
-    def _run(self, model_id: str) -> _Run:
-        if model_id not in self._runs:
-            raise RequestError(
-                f"the training run {model_id[:80]!r} is unknown, or was unloaded; create_model makes a new one",
-                "model_id",
-                status=404,
-            )
-        return self._runs[model_id]
-
-    def _trained(self, model_id: str) -> TrainingRun:
-        """A training run, in the worker."""
-        training = self._run(model_id).training
-        if training is None:
-            raise RequestError(f"the training run {model_id} could not be created", "model_id")
-        return training
-
     def check_model(self, name: str | None) -> None:
         """Raise `RequestError` unless a client asks for the served model."""
         if name != self.name:
@@ -283,47 +177,21 @@ class TinkerService:
                 status=404,
             )
 
-    def _new_run(self, session: str, number: int | None, lora: LoRA, notes: dict[str, str]) -> str:
-        """Register a training run; returns its id."""
-        if number is None:
-            raise RequestError("model_seq_id is missing; give each training run of a session its own number")
-        model_id = f"{session}:train:{number}"
-        if model_id in self._runs:
-            raise RequestError(f"the training run {model_id} exists; use another model_seq_id", "model_seq_id")
-        if len(self._runs) >= self.most_runs:
-            raise RequestError(
-                f"this server has {len(self._runs)} training runs already ({quoted(self._runs)}); unload one, or start "
-                "the server with a larger --max_runs"
-            )
-        self._runs[model_id] = _Run(lora, notes)
-        return model_id
-
     def create_model(self, fields: Body) -> dict[str, JSON]:
         """Create a training run with a new adapter."""
         session, number = self.check_session(fields.text("session_id")), fields.whole("model_seq_id", 0, 10**9 - 1)
         self.check_model(fields.text("base_model"))
         (lora, seed), notes = lora_settings(fields), metadata(fields)
         fields.finish()
-        model_id = self._new_run(session, number, lora, notes)
+        model_id = self._runs.new(session, number, lora, notes)
 
         def create() -> Reply:
-            with self._unless_failed(model_id) as run:
+            with self._runs.creating(model_id) as run:
                 adapted = self._models.of(lora)
                 run.training = TrainingRun(adapted, adapted.fresh(seed))
             return JSONReply({"model_id": model_id, "type": "create_model"})
 
         return {"request_id": self._submit(Call(create)), "model_id": model_id}
-
-    @contextmanager
-    def _unless_failed(self, model_id: str) -> Iterator[_Run]:
-        """Context manager around the creation of a training run; forgets the run if it fails."""
-        run = self._run(model_id)
-        try:
-            yield run
-        except Exception:
-            if run.training is None:
-                del self._runs[model_id]
-            raise
 
     def get_info(self, fields: Body) -> dict[str, JSON]:
         """Information about a training run."""
@@ -335,7 +203,7 @@ class TinkerService:
             "model_data": data,
             "model_id": model_id,
             "is_lora": True,
-            "lora_rank": self._run(model_id).lora.rank,
+            "lora_rank": self._runs.get(model_id).lora.rank,
             "model_name": self.name,
         }
 
@@ -343,10 +211,10 @@ class TinkerService:
         """End a training run, whose checkpoints stay."""
         model_id = fields.text("model_id") or ""
         fields.finish()
-        self._run(model_id)
+        self._runs.get(model_id)
 
         def unload() -> Reply:
-            self._runs.pop(model_id, None)
+            self._runs.forget(model_id)
             return JSONReply({"model_id": model_id, "type": "unload_model"})
 
         return {"request_id": self._submit(Call(unload)), "model_id": model_id}
@@ -360,7 +228,7 @@ class TinkerService:
         checkpoints = self.list_checkpoints(model_id)
         newest = {str(one["checkpoint_type"]): one for one in checkpoints}
         if model_id in self._runs or not checkpoints:
-            run = self._run(model_id)
+            run = self._runs.get(model_id)
             rank, notes, last = run.lora.rank, run.user_metadata, run.last_request
         else:
             record = self._checkpoints.record(Address.of(str(checkpoints[-1]["tinker_path"])))
@@ -388,11 +256,11 @@ class TinkerService:
         """
 
         def compute() -> Reply:
-            training = self._trained(request.model_id)
+            training = self._runs.trained(request.model_id)
             logprobs, total = training.forward_backward(request.data, request.loss, not request.forward_only)
             return ForwardBackwardReply(logprobs, {"loss:sum": total})
 
-        return self._submit_in_order(request.model_id, request.seq_id, content, Call(compute))
+        return self._submit_in_order(request.model_id, request.seq_id, content, compute)
 
     def optim_step(self, fields: Body) -> dict[str, JSON]:
         """Update the weights of a run with its gradients."""
@@ -400,10 +268,10 @@ class TinkerService:
         fields.finish()
 
         def step() -> Reply:
-            norm = self._trained(model_id).optim_step(params)
+            norm = self._runs.trained(model_id).optim_step(params)
             return JSONReply({"metrics": {"grad_norm": norm}})
 
-        return self._submit_in_order(model_id, seq_id, fields.content, Call(step))
+        return self._submit_in_order(model_id, seq_id, fields.content, step)
 
     # -- checkpoints --------------------------------------------------------------------------------------------------
 
@@ -414,41 +282,39 @@ class TinkerService:
         fields.finish()
 
         def save() -> Reply:
-            training = self._trained(model_id)
+            training = self._runs.trained(model_id)
             training.adapted.load(training.weights)
             state = training.optimizer_state()
             self._checkpoints.write(address, training.adapted, record, state, overwrite)
             return JSONReply({"path": str(address), "type": "save_weights"})
 
-        return self._submit_in_order(model_id, seq_id, fields.content, Call(save))
+        return self._submit_in_order(model_id, seq_id, fields.content, save)
 
     def save_weights_for_sampler(self, fields: Body) -> dict[str, JSON]:
         """Save the adapter of a run without its optimizer; without a name, keep a copy for a sampling session."""
         model_id, seq_id = fields.text("model_id") or "", fields.seq_id()
         number, _ = fields.whole("sampling_session_seq_id", 0, SEEDS), fields.text("kind")
-        run = self._run(model_id)
+        run = self._runs.get(model_id)
         if number is not None:
             fields.finish()
             sampler = f"{model_id.split(':')[0]}:sample:{number}"
 
             def snapshot() -> Reply:
-                run.snapshots[sampler] = self._trained(model_id).snapshot()
-                if len(run.snapshots) > SNAPSHOTS:
-                    run.snapshots.popitem(last=False)
+                run.keep(sampler, self._runs.trained(model_id).snapshot())
                 self._samplers[sampler] = _SamplingSession(run=model_id)
                 return JSONReply({"sampling_session_id": sampler, "type": "save_weights_for_sampler"})
 
-            return self._submit_in_order(model_id, seq_id, fields.content, Call(snapshot))
+            return self._submit_in_order(model_id, seq_id, fields.content, snapshot)
         address, record = self._address(model_id, "sampler_weights", fields), self._record(model_id, fields)
         fields.finish()
 
         def save() -> Reply:
-            training = self._trained(model_id)
+            training = self._runs.trained(model_id)
             training.adapted.load(training.weights)
             self._checkpoints.write(address, training.adapted, record)
             return JSONReply({"path": str(address), "type": "save_weights_for_sampler"})
 
-        return self._submit_in_order(model_id, seq_id, fields.content, Call(save))
+        return self._submit_in_order(model_id, seq_id, fields.content, save)
 
     def load_weights(self, fields: Body) -> dict[str, JSON]:
         """Load a checkpoint into a run, or into a new run if the request names a session."""
@@ -466,8 +332,8 @@ class TinkerService:
             raise RequestError(f"{address} has no optimizer state; only save_state writes it", "path")
         is_new = session is not None
         if session is not None:
-            model_id = self._new_run(self.check_session(session), number, record.lora, notes)
-        run = self._run(model_id or "")
+            model_id = self._runs.new(self.check_session(session), number, record.lora, notes)
+        run = self._runs.get(model_id or "")
         if run.lora != record.lora:
             raise RequestError(
                 f"{address} has rank {record.rank} and the layers {list(record.target)}, but the training run has rank "
@@ -476,7 +342,7 @@ class TinkerService:
             )
 
         def load() -> Reply:
-            with self._unless_failed(str(model_id)) as run:
+            with self._runs.creating(str(model_id)) as run:
                 adapted = self._models.of(record.lora)
                 weights = self._checkpoints.weights(address, adapted)
                 state = self._checkpoints.optimizer(address) if optimizer else None
@@ -486,7 +352,7 @@ class TinkerService:
 
         if is_new:
             return {"request_id": self._submit(Call(load)), "model_id": model_id}
-        return self._submit_in_order(model_id or "", seq_id, fields.content, Call(load))
+        return self._submit_in_order(model_id or "", seq_id, fields.content, load)
 
     def weights_info(self, fields: Body) -> dict[str, JSON]:
         """What a client must know to load a checkpoint."""
@@ -514,11 +380,11 @@ class TinkerService:
 
     def _address(self, model_id: str, kind: str, fields: Body) -> Address:
         """The address of a checkpoint that a client wants to save."""
-        self._run(model_id)
+        self._runs.get(model_id)
         return Address.of(f"tinker://{model_id}/{kind}/{fields.text('path') or ''}")
 
     def _record(self, model_id: str, fields: Body) -> Record:
-        lora = self._run(model_id).lora
+        lora = self._runs.get(model_id).lora
         ttl, notes = fields.whole("ttl_seconds", 1, 10**10), metadata(fields)
         return Record(self.name, lora.rank, list(lora.target), ttl_seconds=ttl, user_metadata=notes)
 
@@ -568,7 +434,7 @@ class TinkerService:
             if base_model is not None or path is None:
                 self.check_model(base_model)
             source = _SamplingSession(None if path is None else Address.of(path))
-        if source.run is not None and sampler not in self._run(source.run).snapshots:
+        if source.run is not None and sampler not in self._runs.get(source.run).snapshots:
             raise RequestError(
                 f"the weights of {sampler} are no longer kept: a training run has {SNAPSHOTS} unnamed sampling "
                 "clients. Save weights that you need for longer with save_weights_for_sampler",
@@ -583,7 +449,7 @@ class TinkerService:
     def _sampled(self, source: _SamplingSession, sampler: str) -> AdaptedModel:
         """The model with the weights of a sampling session, in the worker."""
         if source.run is not None:
-            run = self._run(source.run)
+            run = self._runs.get(source.run)
             if sampler not in run.snapshots:
                 raise RequestError(f"the weights of {sampler} are no longer kept; create a new sampling client")
             adapted = self._models.of(run.lora)

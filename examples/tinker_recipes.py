@@ -1,0 +1,76 @@
+"""Runs two recipes of tinker-cookbook against `rlhf tinker`: supervised fine-tuning (sl_loop), then RL (rl_loop).
+
+Arguments: the server's URL, for example http://127.0.0.1:8001; the model's name there, which must be one that the
+cookbook knows; the folder of its tokenizer; and a folder for the recipes' logs. The recipes are those of
+`tinker_cookbook.recipes`, unchanged. Two of their inputs come from the Hub, so that this script replaces them; with
+access to the Hub, leave both lines out:
+
+- the tokenizer, by the cookbook's own `register_tokenizer`
+- the data, by `load_dataset` of each recipe: sums, which a small model learns in a few steps
+"""
+
+import random
+import sys
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict
+from tinker_cookbook.recipes import rl_loop, sl_loop
+from tinker_cookbook.tokenizer_utils import register_tokenizer
+from transformers import AutoTokenizer
+
+SUFFIX = " Provide a numerical answer without units, written inside \\boxed{}."
+"""What rl_loop adds to each question."""
+
+
+def sums(rows: int, seed: int) -> list[tuple[str, int]]:
+    """Questions, with their answers."""
+    numbers = random.Random(seed)
+    pairs = [(numbers.randint(1, 9), numbers.randint(1, 9)) for _ in range(rows)]
+    return [(f"What is {a} + {b}?", a + b) for a, b in pairs]
+
+
+def conversations(rows: int) -> DatasetDict:
+    """Rows as sl_loop reads them."""
+    turns = [(question + SUFFIX, f"\\boxed{{{answer}}}") for question, answer in sums(rows, seed=0)]
+    messages = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in turns]
+    return DatasetDict(train=Dataset.from_list([{"messages": one} for one in messages]))
+
+
+def problems(rows: int) -> DatasetDict:
+    """Rows as rl_loop reads them: those of GSM8K."""
+    return DatasetDict(
+        train=Dataset.from_list([{"question": q, "answer": f"#### {answer}"} for q, answer in sums(rows, seed=1)])
+    )
+
+
+def main(url: str, model: str, tokenizer: str, logs: str, steps: int = 3) -> None:
+    """Run both recipes."""
+    register_tokenizer(model, lambda: AutoTokenizer.from_pretrained(tokenizer))
+    sl_loop.datasets.load_dataset = lambda *names: conversations(8 * steps)
+    common = {"base_url": url, "model_name": model, "lora_rank": 8, "max_steps": steps}
+    sl_loop.main(
+        sl_loop.Config(
+            log_path=str(Path(logs) / "sl"),
+            batch_size=8,
+            max_length=256,
+            learning_rate=1e-3,
+            save_every=2,
+            **common,
+        )
+    )
+    rl_loop.datasets.load_dataset = lambda *names: problems(4 * steps)
+    rl_loop.main(
+        rl_loop.Config(
+            log_path=str(Path(logs) / "rl"),
+            batch_size=4,
+            group_size=4,
+            max_tokens=24,
+            loss_fn="importance_sampling",  # the default, stable_reinforce, is not one of this server's losses
+            save_every=2,
+            **common,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:5])

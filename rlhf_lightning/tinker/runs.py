@@ -1,0 +1,189 @@
+"""The training runs of a server, and the order of their requests."""
+
+import hashlib
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from rlhf_lightning.errors import quoted
+from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.serving.fields import RequestError
+from rlhf_lightning.tinker.adapters import Weights
+from rlhf_lightning.tinker.training import TrainingRun
+
+SNAPSHOTS = 8
+"""Number of unnamed sampling sessions of a training run that are kept; each holds a copy of the adapter."""
+RESENT = 64
+"""Number of requests of a training run that a client may send again."""
+
+
+@dataclass
+class Run:
+    """A training run as clients see it.
+
+    Attributes:
+        lora: Form of its adapter.
+        user_metadata: The client's notes.
+        last_request: When the last request came, in seconds since 1970.
+        training: What is trained; None until the worker has created it.
+        snapshots: Weights of its unnamed sampling sessions, oldest first.
+
+    Example:
+        >>> run = Run(LoRA(rank=8), {})
+        >>> run.admit(1, b"{}", lambda: "first"), run.admit(1, b"{}", lambda: "second")
+        ('first', 'first')
+    """
+
+    lora: LoRA
+    user_metadata: dict[str, str]
+    last_request: float = field(default_factory=time.time)
+    training: TrainingRun | None = None
+    snapshots: OrderedDict[str, Weights] = field(default_factory=OrderedDict)
+    _admitted: OrderedDict[int, tuple[str, str]] = field(default_factory=OrderedDict)
+    """Digest and request id of the requests that the client may send again, by `seq_id`."""
+    _last_seq_id: int = 0
+
+    def admit(self, seq_id: int | None, content: bytes, submit: Callable[[], str]) -> str:
+        """Submit a request, unless it was sent before: a client repeats a request when the connection breaks.
+
+        Args:
+            seq_id: The client's number of the request; None for none.
+            content: The request as it was sent.
+            submit: Submits it.
+
+        Returns:
+            Id of the request.
+
+        Raises:
+            RequestError: If the requests are not in order.
+        """
+        self.last_request = time.time()
+        if not seq_id:
+            return submit()
+        digest = hashlib.sha256(content).hexdigest()
+        if seq_id in self._admitted:
+            before, request_id = self._admitted[seq_id]
+            if before != digest:
+                raise RequestError(f"seq_id {seq_id} was used for another request; count up", "seq_id")
+            return request_id
+        if seq_id <= self._last_seq_id:
+            raise RequestError(
+                f"seq_id {seq_id} comes after {self._last_seq_id}; send the requests of a training run in order",
+                "seq_id",
+            )
+        request_id = submit()
+        self._admitted[seq_id], self._last_seq_id = (digest, request_id), seq_id
+        if len(self._admitted) > RESENT:
+            self._admitted.popitem(last=False)
+        return request_id
+
+    def keep(self, sampler: str, weights: Weights) -> None:
+        """Keep the weights of an unnamed sampling session, and drop those of the oldest one if there are too many.
+
+        Args:
+            sampler: Id of the session.
+            weights: The weights.
+        """
+        self.snapshots[sampler] = weights
+        if len(self.snapshots) > SNAPSHOTS:
+            self.snapshots.popitem(last=False)
+
+
+class Runs:
+    """The training runs by their ids.
+
+    Args:
+        most: Largest number of runs at the same time.
+
+    Example:
+        >>> runs = Runs(most=8)
+        >>> runs.new("0123456789abcdef", 0, LoRA(rank=8), {})
+        '0123456789abcdef:train:0'
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._runs: dict[str, Run] = {}
+
+    def __contains__(self, model_id: str) -> bool:
+        return model_id in self._runs
+
+    def new(self, session: str, number: int | None, lora: LoRA, user_metadata: dict[str, str]) -> str:
+        """Register a training run; returns its id.
+
+        Args:
+            session: Id of the client's session.
+            number: Number of the run within it.
+            lora: Form of the adapter.
+            user_metadata: The client's notes.
+
+        Raises:
+            RequestError: If the number is missing or used, or there are too many runs.
+        """
+        if number is None:
+            raise RequestError("model_seq_id is missing; give each training run of a session its own number")
+        model_id = f"{session}:train:{number}"
+        if model_id in self._runs:
+            raise RequestError(f"the training run {model_id} exists; use another model_seq_id", "model_seq_id")
+        if len(self._runs) >= self.most:
+            raise RequestError(
+                f"this server has {len(self._runs)} training runs already ({quoted(self._runs)}); unload one "
+                "(unload_model), or start the server with a larger --max_runs"
+            )
+        self._runs[model_id] = Run(lora, user_metadata)
+        return model_id
+
+    def get(self, model_id: str | None) -> Run:
+        """A training run.
+
+        Args:
+            model_id: Its id.
+
+        Raises:
+            RequestError: If it is unknown.
+        """
+        if model_id is None or model_id not in self._runs:
+            raise RequestError(
+                f"the training run {str(model_id)[:80]!r} is unknown, or was unloaded; create_model makes a new one",
+                "model_id",
+                status=404,
+            )
+        return self._runs[model_id]
+
+    def trained(self, model_id: str) -> TrainingRun:
+        """What is trained in a run.
+
+        Args:
+            model_id: Id of the run.
+
+        Raises:
+            RequestError: If the run is unknown, or not created yet.
+        """
+        training = self.get(model_id).training
+        if training is None:
+            raise RequestError(f"the training run {model_id} was not created; wait for create_model", "model_id")
+        return training
+
+    @contextmanager
+    def creating(self, model_id: str) -> Iterator[Run]:
+        """Context manager in which a run gets its `training`; forgets the run if that fails.
+
+        Args:
+            model_id: Id of the run.
+        """
+        run = self.get(model_id)
+        try:
+            yield run
+        finally:
+            if run.training is None:
+                self.forget(model_id)
+
+    def forget(self, model_id: str) -> None:
+        """End a run, if it exists.
+
+        Args:
+            model_id: Its id.
+        """
+        self._runs.pop(model_id, None)
