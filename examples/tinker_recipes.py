@@ -2,13 +2,16 @@
 
 Arguments: the server's URL, for example http://127.0.0.1:8001; the model's name there, which must be one that the
 cookbook knows; the folder of its tokenizer; and a folder for the recipes' logs. The recipes are those of
-`tinker_cookbook.recipes`, unchanged. Two of their inputs come from the Hub, so that this script replaces them; with
-access to the Hub, leave both lines out:
+`tinker_cookbook.recipes`, unchanged. Two of their inputs come from the Hub, so this script replaces them. With access
+to the Hub, leave both lines out:
 
 - the tokenizer, by the cookbook's own `register_tokenizer`
 - the data, by `load_dataset` of each recipe: sums, which a small model learns in a few steps
+
+RL goes on from the state that supervised fine-tuning saved: rl_loop resumes from the last state in its log folder.
 """
 
+import json
 import random
 import sys
 from pathlib import Path
@@ -43,31 +46,28 @@ def problems(rows: int) -> DatasetDict:
     )
 
 
-def main(url: str, model: str, tokenizer: str, logs: str, steps: int = 3) -> None:
+def main(url: str, model: str, tokenizer: str, logs: str, sl_steps: int = 12, rl_steps: int = 4) -> None:
     """Run both recipes."""
     register_tokenizer(model, lambda: AutoTokenizer.from_pretrained(tokenizer))
-    sl_loop.datasets.load_dataset = lambda *names: conversations(8 * steps)
-    common = {"base_url": url, "model_name": model, "lora_rank": 8, "max_steps": steps}
-    sl_loop.main(
-        sl_loop.Config(
-            log_path=str(Path(logs) / "sl"),
-            batch_size=8,
-            max_length=256,
-            learning_rate=1e-3,
-            save_every=2,
-            **common,
-        )
+    sl, rl = Path(logs) / "sl", Path(logs) / "rl"
+    sl_loop.datasets.load_dataset = lambda *names: conversations(8 * sl_steps)
+    config = sl_loop.Config(
+        base_url=url, model_name=model, log_path=str(sl), lora_rank=8, batch_size=8, learning_rate=1e-3, max_length=256
     )
-    rl_loop.datasets.load_dataset = lambda *names: problems(4 * steps)
+    sl_loop.main(config)
+    last = json.loads((sl / "checkpoints.jsonl").read_text().splitlines()[-1])
+    rl.mkdir(parents=True, exist_ok=True)
+    (rl / "checkpoints.jsonl").write_text(json.dumps({**last, "batch": 0}) + "\n")
+    rl_loop.datasets.load_dataset = lambda *names: problems(8 * rl_steps)
     rl_loop.main(
         rl_loop.Config(
-            log_path=str(Path(logs) / "rl"),
-            batch_size=4,
-            group_size=4,
-            max_tokens=24,
+            base_url=url,
+            model_name=model,
+            log_path=str(rl),
+            batch_size=8,
+            group_size=8,
+            max_tokens=16,
             loss_fn="importance_sampling",  # the default, stable_reinforce, is not one of this server's losses
-            save_every=2,
-            **common,
         )
     )
 

@@ -93,10 +93,10 @@ def datum(ids: list[int], **inputs: list[Any]) -> dict[str, Any]:
 
 @contextmanager
 def asking(
-    base: str, folder: Path, access: Access | None = None, key: str = "tml-local", **options: int
+    base: str, folder: Path, access: Access | None = None, key: str = "tml-local", name: str = "tiny", **options: int
 ) -> Iterator[Asked]:
     """Serve a model in a thread."""
-    service = TinkerService(LanguageModel(base), "tiny", folder, **options)
+    service = TinkerService(LanguageModel(base), name, folder, **options)
     service.start()
     try:
         with running(TinkerServer(service, access or Access()).app()) as url:
