@@ -110,6 +110,19 @@ class Runs:
     def __contains__(self, model_id: str) -> bool:
         return model_id in self._runs
 
+    @property
+    def full(self) -> bool:
+        """True if no further run is possible."""
+        return len(self._runs) >= self.most
+
+    def of(self, session: str) -> list[str]:
+        """Ids of the runs of a session.
+
+        Args:
+            session: Id of the session.
+        """
+        return [model_id for model_id in self._runs if model_id.startswith(f"{session}:")]
+
     def new(self, session: str, number: int | None, lora: LoRA, user_metadata: dict[str, str]) -> str:
         """Register a training run; returns its id.
 
@@ -127,10 +140,10 @@ class Runs:
         model_id = f"{session}:train:{number}"
         if model_id in self._runs:
             raise RequestError(f"the training run {model_id} exists; use another model_seq_id", "model_seq_id")
-        if len(self._runs) >= self.most:
+        if self.full:
             raise RequestError(
-                f"this server has {len(self._runs)} training runs already ({quoted(self._runs)}); unload one "
-                "(unload_model), or start the server with a larger --max_runs"
+                f"this server has {len(self._runs)} training runs already ({quoted(self._runs)}); close the "
+                "ServiceClient of one, or start the server with a larger --max_runs"
             )
         self._runs[model_id] = Run(lora, user_metadata)
         return model_id

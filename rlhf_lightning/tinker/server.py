@@ -86,6 +86,7 @@ class TinkerServer:
             Route("/api/v1/forward_backward", self._forward_backward, methods=["POST"]),
             Route("/api/v1/forward", self._forward_backward, methods=["POST"]),
             Route("/api/v1/retrieve_future", self._retrieve, methods=["POST"]),
+            Route("/api/v1/sessions/{session}/finish", self._finish, methods=["POST"]),
             Route("/api/v1/samplers/{sampler}", self._sampler),
             Route(run, self._training_run),
             Route(f"{run}/checkpoints", self._checkpoints),
@@ -173,6 +174,11 @@ class TinkerServer:
         self.service.result(request_id)
         message = reply.message() if PROTOBUF in request.headers.get("accept", "") else None
         return _json(reply.json()) if message is None else Response(message, media_type=PROTOBUF)
+
+    async def _finish(self, request: Request) -> Response:
+        await self._body(request, BODY)  # says why, which is not kept
+        self.service.finish_session(request.path_params["session"])
+        return Response(status_code=204)
 
     async def _sampler(self, request: Request) -> Response:
         self._authorize(request)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_lightning.models.language_model import LanguageModel
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.serving.fields import Fields, RequestError
 from rlhf_lightning.tinker.adapters import AdaptedModel, AdaptedModels
 from rlhf_lightning.tinker.checkpoints import Address, CheckpointStore, Record
@@ -31,6 +32,8 @@ from rlhf_lightning.tinker.training import TrainingRun
 from rlhf_lightning.tinker.worker import Call, Task, Worker
 from rlhf_lightning.types import JSON
 
+SILENT = 300.0
+"""Seconds without a sign of a client, which sends one every 10 s, after which its training runs may be forgotten."""
 UNLIMITED = 2**17
 """Largest number of tokens of a row, for models without a limit."""
 
@@ -113,7 +116,8 @@ class TinkerService:
         self._models = AdaptedModels(loaded, slots)
         self._checkpoints = CheckpointStore(folder, loaded)
         self._worker = Worker()
-        self._sessions: set[str] = set()
+        self._sessions: dict[str, float] = {}
+        """Sessions of clients, with the time of the clock at which each was heard of last, in seconds."""
         self._runs = Runs(most_runs)
         self._samplers: dict[str, _SamplingSession] = {}
         self._results = Results()
@@ -142,7 +146,9 @@ class TinkerService:
         self, model_id: str, seq_id: int | None, content: bytes, work: Callable[[], Reply]
     ) -> dict[str, JSON]:
         """Submit work of a training run; see `Run.admit`."""
-        request_id = self._runs.get(model_id).admit(seq_id, content, lambda: self._submit(Call(work)))
+        run = self._runs.get(model_id)
+        self.check_session(model_id.split(":")[0])
+        request_id = run.admit(seq_id, content, lambda: self._submit(Call(work)))
         return {"request_id": request_id, "model_id": model_id}
 
     # -- sessions and training runs -----------------------------------------------------------------------------------
@@ -150,23 +156,47 @@ class TinkerService:
     def create_session(self) -> str:
         """Begin a session of a client; returns its id."""
         session = secrets.token_hex(8)
-        self._sessions.add(session)
+        self._sessions[session] = time.monotonic()
         return session
 
     def check_session(self, session: str | None) -> str:
-        """Return the id of a session.
+        """Return the id of a session, and note that its client is still there.
 
         Raises:
             RequestError: If it is unknown.
         """
-        if session not in self._sessions:
+        if session is None or session not in self._sessions:
             raise RequestError(
-                f"the session {session!r} is unknown: the server was started again, so create a new ServiceClient. "
+                f"the session {session!r} has ended, or the server was started again; create a new ServiceClient. "
                 "Saved checkpoints are still there",
                 "session_id",
                 status=404,
             )
+        self._sessions[session] = time.monotonic()
         return session
+
+    def finish_session(self, session: str) -> None:
+        """End a session with its training runs, once their waiting requests are done. Checkpoints stay.
+
+        Args:
+            session: Id of the session; one that has ended is left alone.
+        """
+        self._sessions.pop(session, None)
+
+        def forget() -> Reply:
+            for model_id in self._runs.of(session):
+                self._runs.forget(model_id)
+            return JSONReply({})
+
+        self._submit(Call(forget))
+
+    def _new_run(self, session: str, number: int | None, lora: LoRA, notes: dict[str, str]) -> str:
+        """Register a training run. If there are too many, those of clients that are gone are forgotten first."""
+        if self._runs.full:
+            silent = [one for one, heard in self._sessions.items() if time.monotonic() > heard + SILENT]
+            for model_id in [model_id for one in silent for model_id in self._runs.of(one)]:
+                self._runs.forget(model_id)
+        return self._runs.new(session, number, lora, notes)
 
     def check_model(self, name: str | None) -> None:
         """Raise `RequestError` unless a client asks for the served model."""
@@ -183,7 +213,7 @@ class TinkerService:
         self.check_model(fields.text("base_model"))
         (lora, seed), notes = lora_settings(fields), metadata(fields)
         fields.finish()
-        model_id = self._runs.new(session, number, lora, notes)
+        model_id = self._new_run(session, number, lora, notes)
 
         def create() -> Reply:
             with self._runs.creating(model_id) as run:
@@ -332,7 +362,7 @@ class TinkerService:
             raise RequestError(f"{address} has no optimizer state; only save_state writes it", "path")
         is_new = session is not None
         if session is not None:
-            model_id = self._runs.new(self.check_session(session), number, record.lora, notes)
+            model_id = self._new_run(self.check_session(session), number, record.lora, notes)
         run = self._runs.get(model_id or "")
         if run.lora != record.lora:
             raise RequestError(

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.helpers.models import build_model
 from tests.helpers.tinker import Asked, asking
 
 tinker = pytest.importorskip("tinker")
@@ -149,11 +150,14 @@ def test_errors_that_the_client_shows(client: Any, trained: Any) -> None:
 
 
 @pytest.mark.slow  # 40 s
-def test_recipes_of_the_cookbook(folder: str, tmp_path: Path) -> None:
+def test_recipes_of_the_cookbook(session_tokenizer: Any, tmp_path: Path) -> None:
     """examples/tinker_recipes.py: sl_loop learns, and rl_loop goes on from its state."""
     pytest.importorskip("tinker_cookbook")
     from examples import tinker_recipes
 
+    folder = str(tmp_path / "base")
+    for part in (build_model(session_tokenizer, max_position_embeddings=512), session_tokenizer):
+        part.save_pretrained(folder)
     name = "Qwen/Qwen3-4B-Instruct-2507"
     with (
         pytest.MonkeyPatch.context() as patch,

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.token_sampling import SamplingParams
-from rlhf_lightning.tinker import results, server
+from rlhf_lightning.tinker import results, server, service
 from rlhf_lightning.tinker.replies import JSONReply
 from rlhf_lightning.tinker.results import Results
 from rlhf_lightning.tinker.runs import SNAPSHOTS
@@ -408,14 +408,14 @@ def test_refused_training_data(asked: Asked, run: str, row: Any, loss: str, mess
          "lora_config trains nothing"),
         ("create_model", {"optimizer_config": {"type": "dimuon"}}, "this server has only adamw"),
         ("create_model", {"base_model": "other"}, "this server has 'tiny'"),
-        ("create_model", {"session_id": "x"}, "the session 'x' is unknown"),
+        ("create_model", {"session_id": "x"}, "the session 'x' has ended"),
         ("create_model", {"loft_config": {}}, "loft_config is not supported by this server"),
         ("optim_step", {"adam_params": {"beta1": 1.0}}, "adam_params.beta1 is 1.0"),
         ("optim_step", {"optimizer_params": {"type": "dimuon"}}, "this server has only AdamW"),
         ("get_info", {"model_id": "nobody"}, "the training run 'nobody' is unknown"),
         ("unload_model", {"model_id": "nobody"}, "the training run 'nobody' is unknown"),
         ("retrieve_future", {"request_id": "x"}, "the request 'x' is unknown"),
-        ("session_heartbeat", {"session_id": "x"}, "the session 'x' is unknown"),
+        ("session_heartbeat", {"session_id": "x"}, "the session 'x' has ended"),
         ("create_custom_loss", {}, "this server has no call POST /api/v1/create_custom_loss"),
     ],
 )  # fmt: skip
@@ -461,6 +461,24 @@ def test_runs_are_limited(folder: str, tmp_path: Path) -> None:
         assert capabilities == [
             {"model_name": "tiny", "max_context_length": 256, "trainable": True, "sampleable": True}
         ]
+
+
+def test_runs_end_with_their_session(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the client closes it, or, if there is no room for others, when the client is gone."""
+    with asking(folder, tmp_path, most_runs=1) as asked:
+        first = asked.model(0)
+        asked.send(f"sessions/{asked.session}/finish", b'{"reason": {"type": "success"}}')
+        for call in (lambda: asked.model(1), lambda: asked.post("session_heartbeat", session_id=asked.session)):
+            with pytest.raises(Refused, match="has ended, or the server was started again"):
+                call()
+        asked.session = ""
+        second = asked.model(0)
+        assert second != first
+        monkeypatch.setattr(service, "SILENT", 0.0)
+        asked.session = ""
+        assert asked.model(0) != second
+        with pytest.raises(Refused, match="is unknown, or was unloaded"):
+            asked.train(second, [ROW])
 
 
 def test_key_and_host(folder: str, tmp_path: Path) -> None:
