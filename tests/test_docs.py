@@ -40,7 +40,7 @@ from tests.helpers.runs import complete
 
 DOCS = ROOT / "docs"
 # What stands on the left of their tables belongs to others.
-FOREIGN = ("from-trl.md", "from-tinker.md", "from-config.md")
+FOREIGN = ("from-trl.md", "from-tinker.md", "from-config.md", "tinker.md")
 
 
 def parts_of(language: str, *, slow: bool = False) -> list[Any]:

@@ -6,6 +6,7 @@ Source of names, inputs and signs: https://tinker-docs.thinkingmachines.ai/losse
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from rlhf_lightning.errors import quoted
@@ -54,11 +55,22 @@ class Loss:
         """Names of the inputs that a datum may have."""
         return () if self.objective is None else ("weights",)
 
+    def scored(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """True at the positions whose log-probabilities are computed, bool of the inputs' shape.
+
+        A policy loss skips positions where the recorded log-probability and the advantage are both 0, or the weight is.
+        These are the prompt's positions in the cookbook's data, so that samples of one prompt share its computation. Of
+        the losses only `dro`, which has a term without advantage, depends on this.
+
+        Args:
+            inputs: See `__call__`.
+        """
+        if self.objective is None:
+            return torch.ones_like(inputs["weights"], dtype=torch.bool)
+        return (inputs["weights"] != 0) & ((inputs["logprobs"] != 0) | (inputs["advantages"] != 0))
+
     def __call__(self, logprobs: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Compute the sum of the loss over all tokens.
-
-        A policy loss skips positions where the recorded log-probability and the advantage are both 0. These are the
-        prompt's positions in the cookbook's data. Only `dro`, which has a term without advantage, depends on this.
 
         Args:
             logprobs: Log-probability of each target under the model, in nats, `[B, T]`.
@@ -71,9 +83,7 @@ class Loss:
         weights = inputs["weights"]
         if self.objective is None:
             return nll(logprobs, weights).sum()
-        old_logprobs, advantages = inputs["logprobs"], inputs["advantages"]
-        loss_mask = (weights != 0) & ((old_logprobs != 0) | (advantages != 0))
-        per_token = self.objective(logprobs, old_logprobs, advantages, loss_mask)
+        per_token = self.objective(logprobs, inputs["logprobs"], inputs["advantages"], self.scored(inputs))
         total, _ = aggregate(per_token, weights, "token_sum")
         return total
 

@@ -4,6 +4,8 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
@@ -17,6 +19,7 @@ from rlhf_lightning.errors import first_line
 from rlhf_lightning.files import as_json
 from rlhf_lightning.serving.fields import RequestError
 from rlhf_lightning.serving.server import BODY, HEADERS
+from rlhf_lightning.tinker.replies import Reply
 from rlhf_lightning.tinker.requests import forward_backward_of_json, forward_backward_of_message
 from rlhf_lightning.tinker.service import Body, TinkerService
 from rlhf_lightning.types import JSON
@@ -25,8 +28,9 @@ from rlhf_lightning.web import Access, Guard, read_body
 log = logging.getLogger(__name__)
 TRAINING_BODY = 64 * 2**20
 """Largest body of `forward_backward` in bytes. The client splits larger requests as `CLIENT_CONFIG` says."""
-POLL = 20.0
-"""Seconds for which a request for a result waits until it is there; the client asks again after them."""
+POLL = 3.0
+"""Seconds for which a request for a result waits until it is there; the client asks again after them. At Ctrl-C,
+requests have 5 s to end."""
 PROTOBUF = "application/x-protobuf"
 CLIENT_CONFIG: dict[str, JSON] = {
     "pjwt_auth_enabled": False,
@@ -167,7 +171,7 @@ class TinkerServer:
         body.finish()
         future = self.service.result(request_id)
         try:
-            reply = await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), POLL)
+            reply = await _wait(future)
         except TimeoutError:
             # The client takes status 408 as: ask again.
             return _json({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
@@ -177,7 +181,9 @@ class TinkerServer:
 
     async def _finish(self, request: Request) -> Response:
         await self._body(request, BODY)  # says why, which is not kept
-        self.service.finish_session(request.path_params["session"])
+        ended = self.service.finish_session(request.path_params["session"])
+        with suppress(TimeoutError):  # they end later, behind requests that still wait
+            await _wait(ended)
         return Response(status_code=204)
 
     async def _sampler(self, request: Request) -> Response:
@@ -197,6 +203,11 @@ class TinkerServer:
         self._authorize(request)
         self.service.delete_checkpoint(request.path_params["run"], request.path_params["checkpoint"])
         return Response(status_code=204)
+
+
+async def _wait(future: Future[Reply]) -> Reply:
+    """The result of a future; raises `TimeoutError` after `POLL` seconds."""
+    return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), POLL)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

@@ -175,11 +175,14 @@ class TinkerService:
         self._sessions[session] = time.monotonic()
         return session
 
-    def finish_session(self, session: str) -> None:
+    def finish_session(self, session: str) -> Future[Reply]:
         """End a session with its training runs, once their waiting requests are done. Checkpoints stay.
 
         Args:
             session: Id of the session; one that has ended is left alone.
+
+        Returns:
+            A future that is done when the runs have ended.
         """
         self._sessions.pop(session, None)
 
@@ -188,7 +191,7 @@ class TinkerService:
                 self._runs.forget(model_id)
             return JSONReply({})
 
-        self._submit(Call(forget))
+        return self.result(self._submit(Call(forget)))
 
     def _new_run(self, session: str, number: int | None, lora: LoRA, notes: dict[str, str]) -> str:
         """Register a training run. If there are too many, those of clients that are gone are forgotten first."""

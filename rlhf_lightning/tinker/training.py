@@ -49,7 +49,8 @@ class TrainingRun:
             backward: False for no gradient.
 
         Returns:
-            Log-probabilities of the targets of each datum, in nats, `[N]` each; and the loss, summed over all tokens.
+            Log-probabilities of the targets of each datum, in nats, `[N]` each, 0 at positions that the loss skips; and
+            the loss, summed over all tokens.
 
         Raises:
             RequestError: If the loss or a gradient is not finite; the run's gradients are unchanged then.
@@ -57,7 +58,7 @@ class TrainingRun:
         self.adapted.load(self.weights)
         found, total = dict(self.gradients), 0.0
         logprobs: list[Tensor] = []
-        for rows in self._groups(data):
+        for rows in self._groups(data, loss):
             with torch.set_grad_enabled(backward):
                 part, computed = self._loss(rows, loss)
             total += float(part.detach())
@@ -75,14 +76,23 @@ class TrainingRun:
         self.gradients = found
         return logprobs, total
 
-    def _groups(self, data: Sequence[Datum]) -> Iterator[list[Datum]]:
-        """Datums that are computed together: in order, up to the tokens that the decoder computes at once."""
+    def _groups(self, data: Sequence[Datum], loss: Loss) -> Iterator[list[Datum]]:
+        """Datums that are computed together: in order, up to the tokens that the decoder computes at once.
+
+        Tokens of a prompt that several datums share count once, because they are computed once.
+        """
         budget = self.adapted.token_logprobs.packed_forward.budget(self.adapted.device)
         group: list[Datum] = []
+        prompts: set[tuple[int, ...]] = set()
+        tokens = 0
         for datum in data:
-            if group and sum(len(one.tokens) for one in (*group, datum)) > budget:
+            prompt = tuple(datum.tokens[: int(loss.scored(datum.inputs).int().argmax()) + 1].tolist())
+            own = len(datum.tokens) - len(prompt)
+            if group and tokens + own + len(prompt) * (prompt not in prompts) > budget:
                 yield group
-                group = []
+                group, prompts, tokens = [], set(), 0
+            tokens += own + len(prompt) * (prompt not in prompts)
+            prompts.add(prompt)
             group.append(datum)
         yield group
 
@@ -92,7 +102,7 @@ class TrainingRun:
         # A row has one token more than its datum, because log-probabilities belong to the token that is predicted.
         ids = _padded([_shifted(datum.tokens, -1) for datum in data], device)
         targets = _padded([_shifted(datum.targets, 1) for datum in data], device)
-        loss_mask = _padded([_shifted(torch.ones(len(datum.tokens)), 1) for datum in data], device)
+        loss_mask = _padded([_shifted(loss.scored(datum.inputs), 1) for datum in data], device)
         logprobs = self.adapted.token_logprobs(ids, loss_mask, targets=targets).logprobs[:, 1:]
         names = data[0].inputs.keys()
         inputs = {name: _padded([datum.inputs[name] for datum in data], device) for name in names}

@@ -108,6 +108,34 @@ def test_gradients_add_up_until_the_step(adapted: AdaptedModel) -> None:
         torch.testing.assert_close(halves.weights[name], value, atol=1e-8, rtol=0)
 
 
+def test_prompts_are_computed_once(adapted: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For policy losses: samples of one prompt count as its tokens and theirs; the numbers are those of single rows."""
+    generator = torch.Generator().manual_seed(0)
+    prompt, rows = torch.randint(0, 250, (12,), generator=generator), []
+    for length in (3, 4, 2, 3):
+        ids = torch.cat([prompt, torch.randint(0, 250, (length,), generator=generator)])
+        zeros = torch.zeros(len(prompt) - 1)
+        inputs = {
+            name: torch.cat([zeros, torch.randn(length, generator=generator)]) for name in ("logprobs", "advantages")
+        }
+        rows.append(Datum(ids[:-1], ids[1:], {"weights": torch.ones(len(ids) - 1), **inputs}))
+    forward, loss = adapted.token_logprobs.packed_forward, loss_of("ppo", {})
+    apart, together = TrainingRun(adapted, weights(adapted, 3)), TrainingRun(adapted, weights(adapted, 3))
+    monkeypatch.setattr(forward, "max_tokens_per_batch", 14)
+    single = apart.forward_backward(rows, loss)
+    monkeypatch.setattr(forward, "max_tokens_per_batch", 12 + 2 + 3 + 1 + 2)
+    assert [len(group) for group in together._groups(rows, loss)] == [4]
+    assert [len(group) for group in together._groups(rows, loss_of("cross_entropy", {}))] == [1] * 4
+    shared = together.forward_backward(rows, loss)
+    assert shared[1] == pytest.approx(single[1], abs=1e-7)
+    for ours, theirs, row in zip(shared[0], single[0], rows, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-7, rtol=0)
+        assert torch.equal(ours != 0, row.inputs["advantages"] != 0)
+    for name, gradient in apart.gradients.items():
+        # The model's norms are computed in float32, whatever the dtype of its weights.
+        torch.testing.assert_close(together.gradients[name], gradient, atol=1e-7, rtol=1e-6)
+
+
 @pytest.mark.parametrize("clip", [0.0, 0.5])
 def test_step_is_that_of_adamw(adapted: AdaptedModel, clip: float) -> None:
     """Two steps with other settings each, computed by AdamW's formula (arXiv 1711.05101, algorithm 2)."""
