@@ -1,5 +1,6 @@
 """Runs two recipes of tinker-cookbook against `rlhf tinker`: supervised fine-tuning (sl_loop), then RL (rl_loop).
 
+Needs the packages tinker and tinker-cookbook[math-rl], and TINKER_API_KEY, on your own machine for example tml-local.
 Arguments: the server's URL, for example http://127.0.0.1:8001; the model's name there, which must be one that the
 cookbook knows; the folder of its tokenizer; and a folder for the recipes' logs. The recipes are those of
 `tinker_cookbook.recipes`, unchanged. Two of their inputs come from the Hub, so this script replaces them. With access
@@ -73,4 +74,4 @@ def main(url: str, model: str, tokenizer: str, logs: str, sl_steps: int = 12, rl
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:5])
+    main(sys.argv[1], sys.argv[2], sys.argv[3], sys.argv[4])

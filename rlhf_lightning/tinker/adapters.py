@@ -1,6 +1,7 @@
 """The served model with LoRA adapters: all of them share the weights of one base."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -86,8 +87,12 @@ class AdaptedModel:
             parameter.copy_(weights[name])
 
 
+FORMS = 8
+"""Number of forms of adapters whose models are kept."""
+
+
 class AdaptedModels:
-    """One `AdaptedModel` per form of adapter, made when it is needed.
+    """One `AdaptedModel` per form of adapter, made when it is needed. The last `FORMS` that were used are kept.
 
     Args:
         loaded: The served model.
@@ -101,7 +106,7 @@ class AdaptedModels:
 
     def __init__(self, loaded: LanguageModel, slots: int = 16) -> None:
         self.loaded, self.slots = loaded, slots
-        self._models: dict[tuple[int, ...] | tuple[int, str], AdaptedModel] = {}
+        self._models: OrderedDict[tuple[int, str] | None, AdaptedModel] = OrderedDict()
 
     def of(self, lora: LoRA | None) -> AdaptedModel:
         """The model for a form of adapter.
@@ -109,8 +114,11 @@ class AdaptedModels:
         Args:
             lora: The form; None for the base itself.
         """
-        key = () if lora is None else (lora.rank, ",".join(lora.target))
+        key = None if lora is None else (lora.rank, ",".join(lora.target))
         if key not in self._models:
             tokenizer = self.loaded.tokenizer
             self._models[key] = AdaptedModel(self.loaded.model, lora, tokenizer.decode, self.slots)
+        self._models.move_to_end(key)
+        if len(self._models) > FORMS:
+            self._models.popitem(last=False)
         return self._models[key]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_lightning.errors import MOST, UserError, quoted
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts
-from rlhf_lightning.models.lora import MOST_RANK, LoRA
+from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.serving.fields import Fields, RequestError
 from rlhf_lightning.tinker.losses import Loss, loss_of
 from rlhf_lightning.tinker.wire import Message, array
@@ -39,14 +39,16 @@ class Limits:
     Args:
         vocabulary: Number of tokens that it embeds.
         context: Largest number of tokens of a row.
+        width: Size of its hidden states; a larger rank of an adapter is of no use.
 
     Example:
-        >>> Limits(vocabulary=49152, context=8192).context
+        >>> Limits(vocabulary=49152, context=8192, width=576).context
         8192
     """
 
     vocabulary: int
     context: int
+    width: int
 
     def check(self, ids: Tensor, where: str) -> None:
         """Raise `RequestError` for ids outside the vocabulary.
@@ -123,11 +125,12 @@ class SampleRequest:
     top_samples: int
 
 
-def lora_settings(fields: Fields) -> tuple[LoRA, int]:
+def lora_settings(fields: Fields, limits: Limits) -> tuple[LoRA, int]:
     """Adapter settings and the seed of its initialization, from the fields of `create_model`.
 
     Args:
         fields: The request; `lora_config` and `optimizer_config` are taken.
+        limits: What the model can take.
 
     Raises:
         RequestError: If they cannot be followed.
@@ -137,7 +140,7 @@ def lora_settings(fields: Fields) -> tuple[LoRA, int]:
     if config is None:
         raise RequestError("the request has no lora_config; this server trains LoRA adapters only")
     found = Fields(config, "lora_config")
-    rank = found.whole("rank", 1, MOST_RANK)
+    rank = found.whole("rank", 1, limits.width)
     if rank is None:
         raise RequestError("lora_config.rank is missing; give a whole number, for example 32")
     seed = found.whole("seed", 0, SEEDS - 1)

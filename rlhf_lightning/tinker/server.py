@@ -26,7 +26,7 @@ from rlhf_lightning.types import JSON
 from rlhf_lightning.web import Access, Guard, read_body
 
 log = logging.getLogger(__name__)
-TRAINING_BODY = 64 * 2**20
+TRAINING_BODY = 16 * 2**20
 """Largest body of `forward_backward` in bytes. The client splits larger requests as `CLIENT_CONFIG` says."""
 POLL = 3.0
 """Seconds for which a request for a result waits until it is there; the client asks again after them. At Ctrl-C,

@@ -110,8 +110,8 @@ class TinkerService:
         # An absolute path, because clients on this machine load the tokenizer from it in their own working directory.
         self.tokenizer_id = str(Path(loaded.folder).resolve()) if Path(loaded.folder).is_dir() else loaded.folder
         context = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
-        vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
-        self.limits = Limits(vocabulary, context or UNLIMITED)
+        vocabulary, width = loaded.model.get_input_embeddings().weight.shape
+        self.limits = Limits(vocabulary, context or UNLIMITED, width)
         self._end_token_ids = tuple(sorted(loaded.renderer.stop_token_ids))
         self._models = AdaptedModels(loaded, slots)
         self._checkpoints = CheckpointStore(folder, loaded)
@@ -214,7 +214,7 @@ class TinkerService:
         """Create a training run with a new adapter."""
         session, number = self.check_session(fields.text("session_id")), fields.whole("model_seq_id", 0, 10**9 - 1)
         self.check_model(fields.text("base_model"))
-        (lora, seed), notes = lora_settings(fields), metadata(fields)
+        (lora, seed), notes = lora_settings(fields, self.limits), metadata(fields)
         fields.finish()
         model_id = self._new_run(session, number, lora, notes)
 

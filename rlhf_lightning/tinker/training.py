@@ -36,7 +36,7 @@ class TrainingRun:
 
     def __init__(self, adapted: AdaptedModel, weights: Weights) -> None:
         self.adapted = adapted
-        self.weights = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
+        self.weights = {name: nn.Parameter(value.to(adapted.device, copy=True)) for name, value in weights.items()}
         self.gradients: Weights = {}
         self._optimizer = torch.optim.AdamW(self.weights.values())
 
@@ -164,7 +164,9 @@ class TrainingRun:
         self._optimizer = torch.optim.AdamW(self.weights.values())
         for name, parameter in self.weights.items():
             if optimizer and f"step.{name}" in optimizer:
-                self._optimizer.state[parameter] = {key: optimizer[f"{key}.{name}"].clone() for key in STATE}
+                # AdamW keeps its step on the CPU, whatever the device of the weights.
+                state = {key: optimizer[f"{key}.{name}"].to(parameter.device, copy=True) for key in STATE}
+                self._optimizer.state[parameter] = {**state, "step": state["step"].cpu()}
 
 
 def _shifted(values: Tensor, by: int) -> Tensor:

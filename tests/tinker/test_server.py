@@ -403,6 +403,7 @@ def test_refused_training_data(asked: Asked, run: str, row: Any, loss: str, mess
     ("path", "fields", "message"),
     [
         ("create_model", {"lora_config": {"rank": 0}}, "lora_config.rank is 0"),
+        ("create_model", {"lora_config": {"rank": 33}}, "lora_config.rank is 33; it must be"),
         ("create_model", {"lora_config": None}, "this server trains LoRA adapters only"),
         ("create_model", {"lora_config": {"rank": 2, "train_mlp": False, "train_attn": False, "train_unembed": False}},
          "lora_config trains nothing"),

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from rlhf_lightning.models.language_model import LanguageModel
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.serving.fields import RequestError
-from rlhf_lightning.tinker.adapters import AdaptedModel, AdaptedModels
+from rlhf_lightning.tinker.adapters import FORMS, AdaptedModel, AdaptedModels
 from rlhf_lightning.tinker.losses import loss_of
 from rlhf_lightning.tinker.requests import AdamParams, Datum
 from rlhf_lightning.tinker.training import TrainingRun
@@ -166,9 +166,15 @@ def test_base_and_runs_share_the_base(loaded: LanguageModel) -> None:
     for lora in (None, LORA, LoRA(rank=2, target=["attention"])):
         pointers = {value.data_ptr() for value in models.of(lora).model.parameters()}
         assert {value.data_ptr() for value in base.values()} <= pointers
-    run = TrainingRun(models.of(LORA), models.of(LORA).fresh(0))
+    adapted = models.of(LORA)
+    run = TrainingRun(adapted, adapted.fresh(0))
     run.forward_backward(data(), loss_of("cross_entropy", {}))
     run.optim_step(AdamParams(learning_rate=0.1))
+    assert models.of(LORA) is adapted
+    for rank in range(1, FORMS + 1):
+        models.of(LoRA(rank, target=["mlp"]))
+    assert len(models._models) == FORMS
+    assert models.of(LORA) is not adapted
     assert all(torch.equal(value, before[name]) for name, value in base.items())
 
 

@@ -13,7 +13,7 @@ from rlhf_lightning.tinker.sampling import SampleResult, Top
 from rlhf_lightning.tinker.wire import Message, array, as_bytes, write, write_map
 from rlhf_lightning.types import Completion
 
-LIMITS = Limits(vocabulary=400, context=64)
+LIMITS = Limits(vocabulary=400, context=64, width=32)
 REQUEST = bytes.fromhex(
     "0a096d3a747261696e3a3010ac021a88010a100a0e0a0c01000000020000002c01000012210a0a616476616e746167657312"
     "130a0c000000000000c03f000000c01801220103121f0a086c6f6770726f627312130a0c00000000000080bf000000bf1801"
