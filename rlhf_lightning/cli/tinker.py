@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ def run(args: list[str]) -> int:
     _check(options)
     try:
         from rlhf_lightning import web
+        from rlhf_lightning.serving.shutdown import ApiHttpServer, Shutdown, ended_by_signals
         from rlhf_lightning.tinker.server import TinkerServer
     except ModuleNotFoundError as error:
         raise missing_package(error, "rlhf tinker", "serve") from None
@@ -36,11 +37,12 @@ def run(args: list[str]) -> int:
     with ExitStack() as opened:
         place = opened.enter_context(web.bound(options.host, options.port))
         service = _load(options)
+        server = ApiHttpServer(web.server_config(TinkerServer(service, access).app()), Shutdown())
+        opened.enter_context(ended_by_signals(server))
         service.start()
         opened.callback(service.stop)
         _greet(reachable(web.address_of(place), options.host), service.name, access)
-        with suppress(KeyboardInterrupt):  # this is how serving ends
-            web.web_server(TinkerServer(service, access).app()).run(sockets=[place])
+        server.run(sockets=[place])
     return 0
 
 
