@@ -388,7 +388,8 @@ def report(name: str, on_failure: str, judged: Sequence[tuple[str, Sequence[Vote
         return
     if on_failure == "fail":
         raise UserError(
-            f"{failed[0]}. Run the same command again, change the judge's settings, or set on_failure: skip"
+            f"{failed[0]}. Change the judge's settings if they are the reason; otherwise run the same command again, "
+            "or set on_failure: skip"
         )
     count = sum(len(votes) for _, votes in judged)
     log.warning("%d of %d answers of the judge are missing. The first: %s", len(failed), count, failed[0])
