@@ -314,9 +314,12 @@ def json_tokens(value: JSON, where: str) -> list[int]:
         if found.text("type") not in (None, "encoded_text"):
             raise _only_text(where)
         tokens = found.take("tokens")
-        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+        given = (
+            [token for token in tokens if type(token) is int and abs(token) < MOST] if isinstance(tokens, list) else []
+        )
+        if not isinstance(tokens, list) or len(given) < len(tokens):
             raise found.error("tokens", tokens, "a list of token ids")
-        ids += [token for token in tokens if isinstance(token, int) and -SEEDS <= token < SEEDS]
+        ids += given
     return ids
 
 

@@ -125,9 +125,11 @@ class TinkerServer:
         self._authorize(request)
         content = await read_body(request, "application/json", limit)
         try:
-            return Body(json.loads(content), content)
+            value: JSON = json.loads(content)
+            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
         except (ValueError, RecursionError) as error:
             raise RequestError(f"the request is not valid JSON ({first_line(error)})") from None
+        return Body(value, content)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 

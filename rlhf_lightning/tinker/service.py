@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_lightning.errors import short
 from rlhf_lightning.models.language_model import LanguageModel
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.serving.fields import Fields, RequestError
@@ -167,7 +168,7 @@ class TinkerService:
         """
         if session is None or session not in self._sessions:
             raise RequestError(
-                f"the session {session!r} has ended, or the server was started again; create a new ServiceClient. "
+                f"the session {short(session)} has ended, or the server was started again; create a new ServiceClient. "
                 "Saved checkpoints are still there",
                 "session_id",
                 status=404,
@@ -205,7 +206,7 @@ class TinkerService:
         """Raise `RequestError` unless a client asks for the served model."""
         if name != self.name:
             raise RequestError(
-                f"base_model is {name!r}; this server has {self.name!r}. Ask for that, or start it with --name",
+                f"base_model is {short(name)}; this server has {self.name!r}. Ask for that, or start it with --name",
                 "base_model",
                 status=404,
             )
@@ -449,7 +450,7 @@ class TinkerService:
     def _sampler(self, sampler: str | None) -> _SamplingSession:
         if sampler is None or sampler not in self._samplers:
             raise RequestError(
-                f"the sampling session {sampler!r} is unknown; create a new sampling client",
+                f"the sampling session {short(sampler)} is unknown; create a new sampling client",
                 "sampling_session_id",
                 status=404,
             )

@@ -362,9 +362,9 @@ def test_refused_samples(asked: Asked, fields: dict[str, Any], message: str) -> 
     assert refused.value.status in (400, 404)
 
 
-@pytest.mark.parametrize("prompt", [[], [-1], [10**6]])
+@pytest.mark.parametrize("prompt", [[], [-1], [10**6], [2**70], [True], [1.5], ["a"]])
 def test_refused_prompts(asked: Asked, prompt: list[int]) -> None:
-    with pytest.raises(Refused, match="prompt 0 has"):
+    with pytest.raises(Refused, match=r"prompt 0 has|it must be a list of token ids"):
         asked.sample(prompt, base_model="tiny")
 
 
@@ -434,6 +434,7 @@ def test_bodies(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
     for data, headers, message in (
         (b"{", {}, "the request is not valid JSON"),
         (b"[1]", {}, "the request must be a JSON object"),
+        (b'{"base_model": "\\ud800"}', {}, "the request is not valid JSON"),
         (b"{}", {"Content_Type": "text/plain"}, "must be sent as application/json"),
         (b'{"x": "' + b"x" * server.BODY + b'"}', {}, "the request has more than 4194304 bytes"),
     ):
