@@ -1,8 +1,9 @@
 """CPU seconds of the paths that are special to a CPU, each beside what it replaces, measured in turns.
 
-    python benchmarks/cpu.py
+    python benchmarks/cpu.py [WORD …]
 
-One thread; the least of several turns, so that other processes matter little. Writes `benchmarks/results/cpu.json`.
+One thread; the least of several turns, so that other processes matter little. Writes `benchmarks/results/cpu.json`;
+with words, only the cases whose names contain one of them are measured, and the others stay in the file.
 """
 
 import json
@@ -14,6 +15,7 @@ import warnings
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -24,13 +26,17 @@ prepare_environment()  # as the `rlhf` command does before it imports torch
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from peft import get_peft_model  # noqa: E402
 from torch import Tensor  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
 from benchmarks.quickstart import machine  # noqa: E402
 from benchmarks.steps.ours import Training  # noqa: E402
 from benchmarks.steps.workload import Workload  # noqa: E402
 from rlhf_lightning.models.auto_precision import measure_precision  # noqa: E402
 from rlhf_lightning.models.logits import HeadLogprobsFunction, TokenLogprobsFunction  # noqa: E402
+from rlhf_lightning.models.lora import LoRA, base_of  # noqa: E402
+from rlhf_lightning.models.packed_forward import PackedForward  # noqa: E402
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix  # noqa: E402
 from rlhf_lightning.models.precision import rounded_factors  # noqa: E402
 from rlhf_lightning.models.short_attention import short_attention  # noqa: E402
@@ -103,6 +109,36 @@ def attention(tokens: int, heads: int, key_heads: int, size: int = 64) -> Ways:
     return {"PyTorch": kernel, "short": short}
 
 
+def layers(adapted: bool) -> Ways:
+    """Three layers of SmolLM2-135M's sizes under autocast, forward and backward: the models' own modules, and fused.
+
+    The rows are 8 pairs with a prompt of 100 and answers of 50 tokens, of which the last token is wanted.
+    """
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=3,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+    )
+    model: Any = LlamaForCausalLM(config)
+    if adapted:
+        model = get_peft_model(model, LoRA(rank=16).config(model, "CAUSAL_LM"))
+    forward = PackedForward(model, base_of(model).get_decoder())
+    ids = torch.randint(0, 64, (8, 1, 150)).repeat(1, 2, 1)
+    ids[:, :, 100:] = torch.randint(0, 64, (8, 2, 50))
+    rows, wanted = ids.flatten(0, 1), torch.arange(150).expand(16, -1) == 149
+
+    def step(fused: bool) -> None:
+        forward._fuses = fused
+        with torch.autocast("cpu", torch.bfloat16):
+            total = forward(rows, wanted, torch.full((16,), 100)).states.sum()
+        torch.autograd.grad(total, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+    return {"own modules": lambda: step(False), "fused": lambda: step(True)}
+
+
 def last_layer(task: str, bf16: bool, root: Path) -> Ways:
     """Steps of the 5M model of `step.py`, with the last layer at all positions and at the needed ones."""
     folder, work = root / f"{task}-{bf16}" / "model", Workload(bf16=bf16)
@@ -125,7 +161,8 @@ def main() -> None:
     for name in ("lightning.pytorch", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(1)
-    found = {}
+    path, words = ROOT / "benchmarks" / "results" / "cpu.json", sys.argv[1:]
+    found: dict[str, dict[str, float]] = json.loads(path.read_text())["cpu_seconds"] if words else {}
     with tempfile.TemporaryDirectory() as scratch:
         cases = {
             "float32 product, 2,048 × 2,048": lambda: product(2048),
@@ -135,6 +172,8 @@ def main() -> None:
                 f"attention, {tokens} tokens, 9 heads, 3 key heads": lambda tokens=tokens: attention(tokens, 9, 3)
                 for tokens in (64, 170, 320, 512)
             },
+            "layers, all weights trained": lambda: layers(adapted=False),
+            "layers, LoRA": lambda: layers(adapted=True),
             **{
                 f"{task} step, 5M, {'bf16-mixed' if bf16 else '32-true'}": lambda task=task, bf16=bf16: last_layer(
                     task, bf16, Path(scratch)
@@ -144,6 +183,8 @@ def main() -> None:
             },
         }
         for name, ways in cases.items():
+            if words and not any(word in name for word in words):
+                continue
             found[name] = seconds(ways())
             before, after = found[name].values()
             print(f"{name}: {found[name]}, ratio {before / after:.2f}", flush=True)
@@ -154,7 +195,7 @@ def main() -> None:
         "precision auto": str(measure_precision()),
         "cpu_seconds": found,
     }
-    (ROOT / "benchmarks" / "results" / "cpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,9 @@ def activation_bytes(forward: PackedForward, tokens: int, context: Precision = c
     """
     few, more = (_saved(forward, count, context) for count in PROBES)
     slope = (more - few) / (PROBES[1] - PROBES[0])
-    return round(max(0.0, few + slope * (tokens - PROBES[0])))
+    with context():
+        copied = forward.copied_bytes
+    return copied + round(max(0.0, few + slope * (tokens - PROBES[0])))
 
 
 def _saved(forward: PackedForward, tokens: int, context: Precision) -> int:

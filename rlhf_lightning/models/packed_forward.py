@@ -158,6 +158,13 @@ class PackedForward:
             return None
         return LayerWeights(torch.bfloat16) if self._can_fuse() else None
 
+    @property
+    def copied_bytes(self) -> int:
+        """Bytes of the rounded weights that a step keeps for fused layers; autograd does not count them as saved."""
+        weights = self._layer_weights()
+        counts = (p.numel() for layer in layers_of(self.model) for p in layer.parameters())
+        return 0 if weights is None else sum(counts) * weights.dtype.itemsize
+
     def _packed(
         self, input_ids: Tensor, wanted: Tensor, trees: list[SharedPrefix], weights: LayerWeights | None = None
     ) -> Hidden:

@@ -148,8 +148,11 @@ def test_fused_layers_are_near_float32(architecture: str, tokenizer: Any) -> Non
     forward = forward_of(adapted(model_of(architecture, tokenizer, **MODELS[architecture])))
     batch = rows_of((6, (4, 7)), (9, (3, 5)), (12, (4, 4)))
     wanted = states_of(forward, batch).states
+    assert forward.copied_bytes == 0
     with torch.autocast("cpu", torch.bfloat16):
         found = states_of(forward, batch).states
+        layers = layers_of(forward.model)
+        assert forward.copied_bytes == 2 * sum(p.numel() for layer in layers for p in layer.parameters())
     assert (found - wanted).norm() < 2e-2 * wanted.norm()
 
 
