@@ -281,6 +281,7 @@ TRAINER = {
     "model.dtype": LETTERS | st.integers() | st.just("save"),
     "model.max_tokens_per_batch": NOT_INT | BELOW,
     "model.gradient_checkpointing": NOT_BOOL,
+    "model.memory_limit": LETTERS | BELOW,
     "data.train": NO_FILE | st.none(),
     "data.overlong": LETTERS | st.integers(),
     "data.on_bad_row": LETTERS | st.integers(),

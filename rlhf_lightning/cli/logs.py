@@ -89,7 +89,7 @@ def _quieten() -> None:
         ".*Experiment logs directory .* exists and is not empty.*",  # resuming in a stage's folder is intended
         ".*LeafSpec.* is deprecated.*",
         ".*does not have many workers.*",  # rows are in memory, so workers would only copy them
-        ".*is_gradient_checkpointing.*",
+        ".*gradient_checkpointing.* is deprecated.*",
         ".*a tied layer is part of the adapter.*",  # models.loading.merge unties it
         ".*fan_in_fan_out is set to.*",
         ".*is smaller than the logging interval.*",

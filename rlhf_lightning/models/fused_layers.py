@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from rlhf_lightning.models import last_layer
 from rlhf_lightning.models.attention import packed_attention
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import PackedLayout
-from rlhf_lightning.models.projection import Projection, unadapted
+from rlhf_lightning.models.projection import LayerWeights, Projection, unadapted
 from rlhf_lightning.models.sharding import is_sharded, layers_of
 
 if TYPE_CHECKING:
@@ -306,8 +307,23 @@ def _forward(
     layout = kwargs.get("layout")
     if not isinstance(layout, PackedLayout) or layout.weights is None:
         return type(layer).forward(layer, hidden_states, *args, **kwargs)
-    attention, mlp, weights = layer.self_attn, layer.mlp, layout.weights
-    cos, sin = (part[0, :, None] for part in kwargs["position_embeddings"])
+    inputs = layer, config, layout, layout.weights, kwargs["position_embeddings"], hidden_states
+    if layer.gradient_checkpointing and layer.training:  # transformers' own forward does this within itself
+        return checkpoint(_fused, *inputs, use_reentrant=False)
+    return _fused(*inputs)
+
+
+def _fused(
+    layer: "LlamaDecoderLayer",
+    config: "PretrainedConfig",
+    layout: PackedLayout,
+    weights: LayerWeights,
+    position_embeddings: tuple[Tensor, Tensor],
+    hidden_states: Tensor,
+) -> Tensor:
+    """The fused forward of a layer, `[1, n, H]`."""
+    attention, mlp = layer.self_attn, layer.mlp
+    cos, sin = (part[0, :, None] for part in position_embeddings)
     x = hidden_states[0]
     qkv = weights.projection(attention.q_proj, attention.k_proj, attention.v_proj)
     norm = layer.input_layernorm
@@ -329,4 +345,5 @@ def _forward(
     gate_up, down = weights.projection(mlp.gate_proj, mlp.up_proj), weights.projection(mlp.down_proj)
     norm = layer.post_attention_layernorm
     parameters = (*gate_up.parameters, *down.parameters)
-    return MLPFunction.apply(x, norm.weight, norm.variance_epsilon, gate_up, down, *parameters)[None]
+    states = MLPFunction.apply(x, norm.weight, norm.variance_epsilon, gate_up, down, *parameters)
+    return states[None]

@@ -5,19 +5,29 @@ Sizes are in bytes on one device. docs/memory.md has the formulas.
 
 import contextlib
 import logging
+import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.optim.optimizer import ParamsT
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.backbone import Backbone, in_mode
 from rlhf_lightning.models.logits import CPU_CHUNK, GPU_CHUNK, block_rows
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.precision import NARROW
-from rlhf_lightning.models.sharding import run_unsharded
+from rlhf_lightning.models.sharding import layers_of, run_unsharded
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+    from transformers.modeling_layers import GradientCheckpointingLayer
 
 log = logging.getLogger(__name__)
 OptimizerFactory = Callable[[ParamsT], torch.optim.Optimizer]
@@ -25,6 +35,35 @@ Precision = Callable[[], contextlib.AbstractContextManager[None]]
 """Makes the context manager in which a forward runs with the precision of training."""
 PROBES = (32, 96)
 """Numbers of tokens of the two forward passes from which activations are extrapolated."""
+QUANTIZED = 4096
+"""Number of values from which optimizers quantize the state of a parameter."""
+MARGIN = 1.3
+"""Largest factor between measured and estimated activations and logits (tests/models/test_memory.py)."""
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:([kmgt])(i?))?b?", re.IGNORECASE)
+
+
+def parse_bytes(name: str, value: int | str) -> int:
+    """A number of bytes from a whole number, or from text such as `8GB` (8 · 10⁹) or `7.5GiB` (7.5 · 2³⁰).
+
+    Args:
+        name: Name of the setting.
+        value: The value.
+
+    Raises:
+        ConfigError: If it is neither, or 0.
+
+    Example:
+        >>> parse_bytes("model.memory_limit", "8GB"), parse_bytes("model.memory_limit", "1KiB")
+        (8000000000, 1024)
+    """
+    match = None if isinstance(value, bool) else _SIZE.fullmatch(str(value).strip())
+    found = 0
+    if match:
+        number, prefix, binary = match.groups()
+        found = int(float(number) * (1024 if binary else 1000) ** ("kmgt".index(prefix.lower()) + 1 if prefix else 0))
+    if not found:
+        raise ConfigError(f"{name} is {value!r}; it must be a number of bytes, or text such as 8GB or 7.5GiB")
+    return found
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
@@ -49,39 +88,61 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 def optimizer_bytes(factory: OptimizerFactory, parameters: Iterable[nn.Parameter]) -> int:
     """Bytes of an optimizer's state after its first step.
 
-    The factory is called with a small matrix and a small vector of each dtype. State with the shape of its parameter is
-    counted per value; other state, such as a step count, is counted once per parameter.
+    The factory is called with two matrices and two vectors of each dtype, from which bytes per value and per parameter
+    follow; once with small ones and once with large ones, because optimizers with quantized state (torchao,
+    bitsandbytes) do not quantize that of parameters below `QUANTIZED` values.
 
     Args:
         factory: Makes an optimizer from parameters, as in the modules.
         parameters: The trained parameters.
     """
-    rates: dict[tuple[torch.dtype, bool], tuple[float, float]] = {}
+    rates: dict[tuple[torch.dtype, bool, bool], tuple[float, float]] = {}
     total = 0.0
     for parameter in parameters:
         local = _local(parameter)
-        matrix = local.ndim > 1
-        if (local.dtype, matrix) not in rates:
-            rates[local.dtype, matrix] = _state_of_one(factory, local.dtype, matrix)
-        for_value, for_parameter = rates[local.dtype, matrix]
+        kind = local.dtype, local.ndim > 1, local.numel() >= QUANTIZED
+        if kind not in rates:
+            rates[kind] = _state_rates(factory, *kind)
+        for_value, for_parameter = rates[kind]
         total += for_value * local.numel() + for_parameter
     return round(total)
 
 
-@torch.enable_grad()
-def _state_of_one(factory: OptimizerFactory, dtype: torch.dtype, matrix: bool) -> tuple[float, float]:
+def _state_rates(factory: OptimizerFactory, dtype: torch.dtype, matrix: bool, large: bool) -> tuple[float, float]:
     """Bytes per value, and additional bytes per parameter, of an optimizer's state."""
-    probe = nn.Parameter(torch.zeros((5, 7) if matrix else (35,), dtype=dtype))
-    probe.grad = torch.zeros_like(probe)
+    values = QUANTIZED if large else 32
     try:
-        optimizer = factory([probe])
-        optimizer.step()
+        less, more = (
+            _state_of_one(factory, torch.zeros((8, count // 8) if matrix else count, dtype=dtype))
+            for count in (values, 2 * values)
+        )
     except Exception as error:  # noqa: BLE001 - an optimizer may refuse anything of a lone probe: an estimate stops no run
         log.info("memory: the state of the optimizer cannot be measured (%s); assuming two numbers per weight", error)
-        return 2.0 * probe.element_size(), 0.0
+        return 2.0 * dtype.itemsize, 0.0
+    for_value = (more - less) / values
+    return for_value, less - for_value * values
+
+
+@torch.enable_grad()
+def _state_of_one(factory: OptimizerFactory, values: Tensor) -> int:
+    """Bytes of an optimizer's state for one parameter."""
+    probe = nn.Parameter(values)
+    probe.grad = torch.zeros_like(probe)
+    optimizer = factory([probe])
+    # torchao's optimizers compile their step, which takes long. Without torch._dynamo nothing is compiled.
+    compiles = "torch._dynamo" in sys.modules
+    with torch.compiler.set_stance("force_eager") if compiles else contextlib.nullcontext():
+        optimizer.step()
     state = [value for value in optimizer.state[probe].values() if isinstance(value, Tensor)]
-    for_value = sum(value.element_size() for value in state if value.shape == probe.shape)
-    return for_value, sum(value.numel() * value.element_size() for value in state if value.shape != probe.shape)
+    return sum(part.numel() * part.element_size() for value in state for part in _stored(value))
+
+
+def _stored(tensor: Tensor) -> list[Tensor]:
+    """The tensors that hold the values of a tensor, which may be quantized."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def activation_bytes(forward: PackedForward, tokens: int, context: Precision = contextlib.nullcontext) -> int:
@@ -106,21 +167,21 @@ def activation_bytes(forward: PackedForward, tokens: int, context: Precision = c
 def _saved(forward: PackedForward, tokens: int, context: Precision) -> int:
     """Bytes that autograd saves in a forward pass of `tokens` tokens."""
     sizes: dict[int, int] = {}
-    kept: list[Tensor] = []  # keeps storages alive, so that none is reused while they are counted
+    kept: list[torch.UntypedStorage] = []  # alive, so that none is reused while they are counted
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:
+        # Returns no tensor: a node of the graph that holds its own output would never be freed.
         storage = _local(tensor).untyped_storage()
         if not any(isinstance(one, nn.Parameter) for one in (tensor, tensor._base)):
-            kept.append(tensor)
+            kept.append(storage)
             sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
 
     device = next(forward.model.parameters()).device
     vocabulary = base_of(forward.model).get_input_embeddings().weight.shape[0]
     # Short rows without shared prefixes, which fit into any table of positions.
     ids = (torch.arange(tokens, device=device) * 7919 % vocabulary).view(-1, 16)
     wanted, prefixes = torch.ones_like(ids, dtype=torch.bool), torch.zeros(len(ids), dtype=torch.long)
-    saving, forward.saving = forward.saving, lambda: saved_tensors_hooks(keep, lambda tensor: tensor)
+    saving, forward.saving = forward.saving, lambda: saved_tensors_hooks(keep, lambda packed: packed)
     # Dropout saves masks, so it must be on as in training; the caller's random state is not changed.
     devices = [device] if device.type == "cuda" else []
     try:
@@ -146,17 +207,48 @@ def _training_without_checkpointing(model: nn.Module) -> Iterator[None]:
             part.gradient_checkpointing = flag
 
 
-def checkpointed_bytes(model: nn.Module, activations: int, tokens: int, size: int) -> int:
-    """Bytes of activations with gradient checkpointing: the input of each layer, and one whole recomputed layer.
+def checkpointed_bytes(model: nn.Module, activations: int, tokens: int, size: int, count: int | None = None) -> int:
+    """Bytes of activations if the first `count` layers are checkpointed.
+
+    These keep their input. In backward they are recomputed one at a time, when the activations of the later layers are
+    already freed; so a recomputed layer adds memory only if every layer is checkpointed.
 
     Args:
         model: The model.
         activations: Bytes of all activations, from `activation_bytes`.
         tokens: Number of tokens.
         size: Bytes of a number.
+        count: Number of checkpointed layers; by default all.
     """
     config = base_of(model).config.get_text_config()
-    return config.num_hidden_layers * tokens * config.hidden_size * size + activations // config.num_hidden_layers
+    layers: int = config.num_hidden_layers
+    count = layers if count is None else count
+    return count * tokens * config.hidden_size * size + activations * max(1, layers - count) // layers
+
+
+def separate_layers(model: nn.Module) -> "list[GradientCheckpointingLayer]":
+    """The decoder layers, if each can be checkpointed or not; empty if the model only checkpoints all of them."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = layers_of(model)
+    found = [layer for layer in layers if isinstance(layer, GradientCheckpointingLayer)]
+    return found if len(found) == len(layers) else []
+
+
+def checkpoint_layers(model: "PreTrainedModel | PeftModel", count: int | None = None) -> None:
+    """Recompute the activations of the first `count` layers in backward instead of storing them.
+
+    Args:
+        model: The model.
+        count: Number of layers; by default all. Otherwise the model must have `separate_layers`.
+    """
+    if count != 0:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Only reentrant checkpointing needs this hook. The sampler's fused decoder does not run a model with hooks.
+        model.disable_input_require_grads()
+    if count is not None:
+        for layer in separate_layers(model)[count:]:
+            layer.gradient_checkpointing = False
 
 
 def logit_bytes(backbone: Backbone, rows: int, size: int, limit: int, fused: bool = False) -> int:

@@ -39,6 +39,8 @@ GRADIENT_TOKENS = 256
 """Length in tokens up to which gradients are compared. At 1,024, this took more memory than a training step."""
 _CHECK_ROWS = 4
 """Number of rows that are compared."""
+PACKED_CHECK = 1.5
+"""Number of tokens of the compared rows when they are packed, per token of the longest."""
 KEPT = 0.75
 """Largest fraction of positions for which the last layer leaves out the others."""
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
@@ -91,6 +93,8 @@ class PackedForward:
         self.config = base_of(model).config.get_text_config()
         self.saving: Callable[[], AbstractContextManager[None]] = nullcontext
         """Context manager in which the model runs; it determines where activations for backward are stored."""
+        self.gradient_tokens = GRADIENT_TOKENS
+        """Length in tokens up to which `check` compares gradients."""
         self._checked = {False: 0, True: 0}
         """Length in tokens up to which packed rows were compared, without and with gradients."""
         layers = layers_of(model)
@@ -206,7 +210,7 @@ class PackedForward:
         """Compare packed with plain rows of up to `length` tokens, once; stop packing if they differ.
 
         Values are compared at the next power of two, from `LONG` on at the next multiple of its half, so that this
-        happens only a few times. If gradients are on, they are compared, too, at up to `GRADIENT_TOKENS` tokens,
+        happens only a few times. If gradients are on, they are compared, too, at up to `gradient_tokens` tokens,
         because this takes memory as a training step does.
 
         Args:
@@ -225,7 +229,7 @@ class PackedForward:
             self._compare(size, gradients=False)
         self._checked[False] = self._checked[gradients] = max(length, size)
         if self.packs and gradients:
-            self._compare(min(size, GRADIENT_TOKENS), gradients=True)
+            self._compare(min(size, self.gradient_tokens), gradients=True)
 
     def _compare(self, length: int, gradients: bool) -> None:
         """Stop using a shortcut whose results fail or differ by more than rounding."""

@@ -31,7 +31,7 @@ from rlhf_lightning.models.distillation import Distillation, Teacher
 from rlhf_lightning.models.generation import end_token_ids
 from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
 from rlhf_lightning.models.lora import LoRA
-from rlhf_lightning.models.memory import trained
+from rlhf_lightning.models.memory import checkpoint_layers, trained
 from rlhf_lightning.models.offload import ActivationOffload
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.precision import cast_weights_only, weights_alone
@@ -40,11 +40,12 @@ from rlhf_lightning.models.sharding import full_shape, full_state_dict, shard, z
 from rlhf_lightning.modules.callback_checks import check_accumulation, check_callbacks
 from rlhf_lightning.modules.epochs import end_restored_epoch
 from rlhf_lightning.modules.hf_batches import Columns, fitted, refuse_other_names
+from rlhf_lightning.modules.memory import MemoryAwareModule, check_memory_limit
 from rlhf_lightning.modules.module_checks import check_batch, check_content
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.modules.step import StepEnd, StepNumbers, remove_step_end
 from rlhf_lightning.modules.trainer_state import row_data_of
-from rlhf_lightning.modules.usage_checks import CheckedModule, OptimizerFactory, SchedulerFactory, check_arguments
+from rlhf_lightning.modules.usage_checks import OptimizerFactory, SchedulerFactory, check_arguments
 
 if TYPE_CHECKING:
     from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -59,7 +60,7 @@ WHERE = ("trust_remote_code", "revision", "token", "cache_dir", "local_files_onl
 """Options of `from_pretrained` that locate a model, and its tokenizer with it."""
 
 
-class RLHFModule(CheckedModule, Generic[BatchT]):
+class RLHFModule(MemoryAwareModule, Generic[BatchT]):
     """Base class of the modules.
 
     It loads and saves the model, makes the optimizer, divides losses by the counts of a whole optimizer step, and
@@ -81,6 +82,8 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         gradient_checkpointing: Recompute the activations of each layer in the backward pass instead of storing them.
         activation_offload: Store activations in CPU memory if the model is on a GPU; with gradient_checkpointing, only
             the input of each layer.
+        memory_limit: Memory that a step may take on one device, as a number of bytes or text such as `8GB` or `8GiB`.
+            Only as many layers are checkpointed as the estimate of docs/memory.md requires. Results do not change.
         compile: Compile the layers of the model with `torch.compile`.
         max_empty_steps: Number of consecutive optimizer steps without a trained token (all masked, or with advantage or
             weight 0) after which the run stops; None for no limit. Such a step changes no weight.
@@ -115,6 +118,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         max_tokens_per_batch: int | None = None,
         gradient_checkpointing: bool = False,
         activation_offload: bool = False,
+        memory_limit: int | str | None = None,
         compile: bool = False,
         max_empty_steps: int | None = 50,
     ) -> None:
@@ -134,6 +138,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
         self.activation_offload, self.compiles_layers = activation_offload, compile
+        self.memory_limit = check_memory_limit(memory_limit, gradient_checkpointing, activation_offload)
         if max_empty_steps is not None:
             check_whole("model.max_empty_steps", max_empty_steps)
         self.max_empty_steps, self.step_numbers = max_empty_steps, StepNumbers(())
@@ -242,7 +247,7 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
         self.build()
         for part in self.forward_passes():
             if self.gradient_checkpointing:
-                part.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                checkpoint_layers(part.model)
             if self.activation_offload:
                 part.saving = ActivationOffload
         if self.compiles_layers:
@@ -387,9 +392,13 @@ class RLHFModule(CheckedModule, Generic[BatchT]):
             )
         if (windows := self.trainer.accumulate_grad_batches) < 1:
             raise ConfigError(f"trainer.accumulate_grad_batches is {windows}; it must be at least 1")
+        self.fit_into_limit()
         if longest := self.longest_row():
+            # Under a limit those of all models, because a later comparison would come on top of other activations.
+            checked = [self.packed_forward] if self.memory_limit is None else self.forward_passes()
             with zero3_gathered(self.model):
-                self.packed_forward.check(longest)
+                for part in checked:
+                    part.check(longest)
         # Recorded now, because the module may later be evaluated on rows that are rendered differently.
         self._renderer_is_open, self._trained_with = True, None
         self._trained_with = self.rendering()

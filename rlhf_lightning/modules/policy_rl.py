@@ -16,7 +16,7 @@ from torch.optim.optimizer import ParamsT
 from rlhf_lightning.data.batching import Example, MixedOrder, run_seed
 from rlhf_lightning.data.prompt_stream import StreamedPrompts
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, PromptDataModule, kept_prompts
-from rlhf_lightning.data.shards import shard_spec_of
+from rlhf_lightning.data.shards import data_ranks, shard_spec_of
 from rlhf_lightning.data.training_stream import TrainingStream
 from rlhf_lightning.environments.base import Limits, environment_factory
 from rlhf_lightning.errors import ConfigError, check_object, check_whole
@@ -34,6 +34,7 @@ from rlhf_lightning.models.token_logprobs import TokenLogprobs, TokenLogprobsOut
 from rlhf_lightning.modules.base import RLHFModule
 from rlhf_lightning.modules.data_answers import answer_episode, check_answers, split_prompts
 from rlhf_lightning.modules.hf_batches import Columns
+from rlhf_lightning.modules.memory import StepSizes, round_sizes
 from rlhf_lightning.modules.policy_checks import (
     MOST_TIMES,
     check_algorithm,
@@ -147,6 +148,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
 
     stage_kind = "policy"
     on_bar = ("entropy", "divergence")
+    smaller_batch = "raise data.minibatches and"
     requires = ("input_ids", "loss_mask", "old_logprobs", "advantages")
     measures_batches = False
 
@@ -544,6 +546,22 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
         data = row_data_of(self.trainer)
         recorded = isinstance(data, PromptDataModule) and data.recorded
         return longest + self.sampler.max_tokens if longest and not recorded else longest
+
+    def step_sizes(self) -> StepSizes | None:
+        """The sizes of the largest mini-batch and of a round; None if they are unknown."""
+        data = row_data_of(self.trainer)
+        if not isinstance(data, PromptDataModule):
+            return super().step_sizes()
+        prepared = data.prepared.get("train")
+        if data.recorded or not prepared or not isinstance(prepared.rows, list) or not prepared.rows:
+            return None
+        prompts = -(-min(data.prompts_per_round, len(prepared.rows)) // data_ranks(self.trainer)[1])
+        return round_sizes(prepared.rows, prompts, data.group_size, data.minibatches, self.sampler)
+
+    @property
+    def offload_settings(self) -> str:
+        """Settings of frozen models that can be kept on the CPU."""
+        return "model.kl, model.distillation and reward models"
 
     def parameter_groups(self) -> ParamsT:
         """The trained parameters; those of a critic with its own learning rate are a group."""

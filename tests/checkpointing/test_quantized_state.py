@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils._pytree import tree_leaves
 
 from rlhf_lightning import SFTDataModule, SFTModule
 from rlhf_lightning.checkpointing.io import AtomicCheckpointIO
+from rlhf_lightning.checkpointing.quantized_state import as_plain
 from rlhf_lightning.errors import UserError
+from rlhf_lightning.models.memory import optimizer_bytes
 from tests.helpers.models import build_model
 from tests.helpers.rows import chats
 from tests.helpers.training import trainer
@@ -50,6 +53,24 @@ def test_run_with_quantized_optimizer_state_is_resumed_bit_for_bit(name: str, wi
     found, found_state = run(middle)
     assert all(torch.equal(wanted[key], found[key]) for key in wanted)
     assert all(torch.equal(a, b) for a, b in zip(wanted_state, found_state, strict=True))
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "AdamW4bit", "AdamWFp8"])
+def test_estimate_of_quantized_optimizer_state_is_exact(name: str) -> None:
+    optimizers = pytest.importorskip("torchao.optim")
+
+    def factory(parameters: Any) -> Any:
+        return getattr(optimizers, name)(parameters)
+
+    parameters = [torch.nn.Parameter(torch.ones(shape)) for shape in ((64, 192), (8192,), (8, 20), (5,))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = factory(parameters)
+    with torch.compiler.set_stance("force_eager"):
+        optimizer.step()
+    state = as_plain([optimizer.state_dict()["state"]])
+    size = sum(value.numel() * value.element_size() for value in tree_leaves(state) if isinstance(value, torch.Tensor))
+    assert optimizer_bytes(factory, parameters) == size
 
 
 def test_checkpoint_does_not_decide_what_is_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

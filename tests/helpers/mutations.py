@@ -173,9 +173,9 @@ _GROUPS: dict[tuple[str, ...], str] = {
     _NULL: """rank_timeout trainer.gradient_clip_val
         columns eval_batch_size format kind predict test tokenizer tools validation episodes chat_template lora
         environment environment_args importance_weights kl critic limits loss lr_scheduler max_empty_steps
-        max_tokens_per_batch model_options objective optimizer sampler scorer advantage rewards reference length
-        max_tokens trainer.callbacks trainer.check_val_every_n_epoch trainer.gradient_clip_algorithm trainer.max_time
-        trainer.min_epochs trainer.min_steps trainer.plugins trainer.precision trainer.profiler
+        max_tokens_per_batch memory_limit model_options objective optimizer sampler scorer advantage rewards reference
+        length max_tokens trainer.callbacks trainer.check_val_every_n_epoch trainer.gradient_clip_algorithm
+        trainer.max_time trainer.min_epochs trainer.min_steps trainer.plugins trainer.precision trainer.profiler
         trainer.num_sanity_val_steps trainer.log_every_n_steps trainer.max_epochs trainer.logger
         trainer.limit_val_batches
         trainer.limit_test_batches trainer.limit_predict_batches

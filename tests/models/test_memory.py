@@ -9,11 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 
 from rlhf_lightning import PolicyRLModule, PromptDataModule, SFTModule
 from rlhf_lightning.callbacks.export import ExportModel
-from rlhf_lightning.callbacks.memory import MemoryEstimate, MemoryUse, estimate_memory
+from rlhf_lightning.callbacks.memory import MemoryEstimate
 from rlhf_lightning.diagnostics.invariants import FirstStepInvariants
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation import fused_decoder
@@ -21,21 +20,19 @@ from rlhf_lightning.generation.kv_cache import SlotKVCache
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.loading import load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights
-from rlhf_lightning.models.memory import activation_bytes, checkpointed_bytes, logit_bytes
+from rlhf_lightning.models.memory import MARGIN, activation_bytes, checkpointed_bytes, logit_bytes
 from rlhf_lightning.models.offload import ActivationOffload, Placement
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
+from rlhf_lightning.modules.memory import MemoryUse
 from rlhf_lightning.rewards import EnsembleReward, FunctionReward, ModelReward
 from rlhf_lightning.rollout.kl import KLPenalty
+from tests.helpers.memory import peak
 from tests.helpers.models import build_model
 from tests.helpers.modules import module_and_data, thirds
 from tests.helpers.rows import prompts
 from tests.helpers.training import trainer
 
 pytestmark = pytest.mark.usefixtures("every_comparison")
-
-FACTOR = 1.3
-"""Largest factor between the estimate and the measurement of activations and logits, see docs/memory.md."""
-
 
 # -- activations on the CPU -------------------------------------------------------------------------------------------
 
@@ -305,22 +302,6 @@ def test_estimates_of_weights_gradients_and_optimizer_are_exact(
     assert estimate.optimizer == size(v for values in state for v in values.values() if isinstance(v, torch.Tensor))
 
 
-def peak(step: Any) -> int:
-    """Largest number of bytes allocated at once during a call."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        step()
-    events = sorted((e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"), key=_start)
-    now = most = 0
-    for event in events:
-        now += event.nbytes()
-        most = max(most, now)
-    return most
-
-
-def _start(event: Any) -> int:
-    return event.start_ns()
-
-
 SHAPES = [
     ("qwen3", {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6}),
     ("llama", {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 3}),
@@ -354,7 +335,7 @@ def test_estimated_activations_are_near_the_measured_peak(
     if checkpointing:
         expected = checkpointed_bytes(model, expected, ids.numel(), 4)
     expected += logit_bytes(token_logprobs.backbone, int(loss_mask.sum()), 4, token_logprobs.logit_bytes)
-    assert 1 / FACTOR < expected / peak(step) < FACTOR
+    assert 1 / MARGIN < expected / peak(step) < MARGIN
 
 
 def test_measurement_changes_no_state(tokenizer: Any) -> None:
@@ -410,12 +391,12 @@ def test_estimate_is_one_line_or_a_warning_with_advice(base: str, tmp_path: Path
     (line,) = [record.message for record in caplog.records if record.message.startswith("estimated memory")]
     assert "\n" not in line
     assert "cache" in line
-    few = estimate_memory(module, 100, 50)
-    parted = estimate_memory(module, 100, 50, shards=4)
+    few = module.estimate_memory(100, 50)
+    parted = module.estimate_memory(100, 50, shards=4)
     assert parted.weights == -(-few.weights // 4)
     assert parted.optimizer == -(-few.optimizer // 4)
     assert parted.activations == few.activations
-    many = estimate_memory(module, 10_000, 5000, rows=10_000, row_tokens=1000)
+    many = module.estimate_memory(10_000, 5000, rows=10_000, row_tokens=1000)
     assert many.cache > many.activations > 50 * few.activations
     many.available = 10**6
     text = many.text()
