@@ -110,7 +110,7 @@ def attention(tokens: int, heads: int, key_heads: int, size: int = 64) -> Ways:
 
 
 def layers(adapted: bool) -> Ways:
-    """Three layers of SmolLM2-135M's sizes under autocast, forward and backward: the models' own modules, and fused.
+    """Six layers of SmolLM2-135M's sizes under autocast, forward and backward: the model's own modules, and fused.
 
     The rows are 8 pairs with a prompt of 100 and answers of 50 tokens, of which the last token is wanted.
     """
@@ -118,7 +118,7 @@ def layers(adapted: bool) -> Ways:
         vocab_size=64,
         hidden_size=576,
         intermediate_size=1536,
-        num_hidden_layers=3,
+        num_hidden_layers=6,
         num_attention_heads=9,
         num_key_value_heads=3,
     )

@@ -62,11 +62,14 @@ class NormProductFunction(torch.autograd.Function):
         projection: Projection = ctx.projection
         needed = ctx.needs_input_grad[4:]
         with torch.autocast("cpu", enabled=False):
-            by_states, by_down = projection.backward(grad)
+            by_down = projection.by_down(grad)
             states = _normed(x, norm, norm_weight, projection.dtype) if projection.reads_input(needed) else None
             gradients = projection.gradients(needed, grad, states, down, by_down)
-            by_weight = _by_norm_weight(by_states, x, norm) if ctx.needs_input_grad[1] else None
-            by_x = _norm_backward(by_states, x, norm, norm_weight) if ctx.needs_input_grad[0] else None
+            by_x = by_weight = None
+            if any(ctx.needs_input_grad[:2]):  # not in the first layer, if only adapters are trained
+                by_states = projection.by_input(grad, by_down)
+                by_weight = _by_norm_weight(by_states, x, norm) if ctx.needs_input_grad[1] else None
+                by_x = _norm_backward(by_states, x, norm, norm_weight) if ctx.needs_input_grad[0] else None
         return by_x, by_weight, None, None, *gradients
 
 
@@ -97,7 +100,8 @@ class ResidualProductFunction(torch.autograd.Function):
         projection: Projection = ctx.projection
         with torch.autocast("cpu", enabled=False):
             narrow = grad.to(projection.dtype)
-            by_states, by_down = projection.backward(narrow)
+            by_down = projection.by_down(narrow)
+            by_states = projection.by_input(narrow, by_down)
             gradients = projection.gradients(ctx.needs_input_grad[3:], narrow, states, down, by_down)
         return grad, by_states, None, *gradients
 
@@ -147,7 +151,8 @@ class MLPFunction(torch.autograd.Function):
         first, second = needed[: len(gate_up.parameters)], needed[len(gate_up.parameters) :]
         with torch.autocast("cpu", enabled=False):
             narrow = grad.to(down.dtype)
-            by_act, by_down = down.backward(narrow)
+            by_down = down.by_down(narrow)
+            by_act = down.by_input(narrow, by_down)
             gate, up = hidden.chunk(2, -1)
             act = F.silu(gate)
             by_hidden = torch.empty_like(hidden)
@@ -156,7 +161,8 @@ class MLPFunction(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(by_act.mul_(up), gate, grad_input=by_gate)
             of_down = down.gradients(second, narrow, act.mul_(up), out_down, by_down)
             del act, by_act
-            by_states, by_down = gate_up.backward(by_hidden)
+            by_down = gate_up.by_down(by_hidden)
+            by_states = gate_up.by_input(by_hidden, by_down)
             states = _normed(x, norm, norm_weight, gate_up.dtype) if gate_up.reads_input(first) else None
             of_gate_up = gate_up.gradients(first, by_hidden, states, hidden_down, by_down)
             by_weight = _by_norm_weight(by_states, x, norm) if ctx.needs_input_grad[1] else None

@@ -93,13 +93,14 @@ class Projection:
         down = F.linear(states, self.a)
         return out.addmm_(down, self.b.t()), down
 
-    def backward(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Gradients of the input and of the first factors' outputs, from that of the outputs, `[n, out]`."""
-        by_input = grad @ self.weight
-        if self.a is None or self.b is None:
-            return by_input, None
-        by_down = grad @ self.b
-        return by_input.addmm_(by_down, self.a), by_down
+    def by_down(self, grad: Tensor) -> Tensor | None:
+        """Gradient of the first factors' outputs, from that of the outputs, `[n, out]`; None without adapters."""
+        return None if self.b is None else grad @ self.b
+
+    def by_input(self, grad: Tensor, by_down: Tensor | None) -> Tensor:
+        """Gradient of the input, from that of the outputs and `by_down`."""
+        found = grad @ self.weight
+        return found if self.a is None or by_down is None else found.addmm_(by_down, self.a)
 
     def gradients(
         self, needed: Sequence[bool], grad: Tensor, states: Tensor | None, down: Tensor | None, by_down: Tensor | None
