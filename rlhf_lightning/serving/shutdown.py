@@ -130,8 +130,7 @@ def ended_by_signals(server: uvicorn.Server) -> Iterator[None]:
     """Context manager in which the first stop signal ends a server, and a second Ctrl-C ends the process at once.
 
     The process also ends `LIMIT` seconds after the first signal, even after this context. A thread that is in a forward
-    pass, or that waits for a judge, cannot be interrupted otherwise, nobody waits for its result any more, and vLLM
-    takes long to be freed.
+    pass, or that waits for a judge, cannot be interrupted otherwise, and nobody waits for its result any more.
 
     Args:
         server: The server.
