@@ -3,6 +3,7 @@
 Reads commands as JSON lines: `{"task": …, "steps": …}` and so on; answers each with a JSON line.
 """
 
+import gc
 import json
 import logging
 import os
@@ -83,6 +84,8 @@ def _answer(command: dict[str, Any], side: str, folder: Path, work: Any, state: 
         return ours.profile(command["of"], folder, work)
     key = (task, micro, *changes.items())
     if key not in state:
+        state.clear()  # only one model with its optimizer at a time; the first step of a turn is not timed
+        gc.collect()
         if side == "ours":
             from benchmarks.steps import ours
 
