@@ -239,6 +239,7 @@ def commands(place: Place, session_tokenizer: Any) -> dict[tuple[str, ...], dict
             **short,
         },
         ("serve",): {"model": place.base, "--port": "0", **short},
+        ("tinker",): {"model": place.base, "--port": "0", "--folder": "tinker"},
         ("score",): {"model": reward, "file": rows["pairs"]},
         ("evaluate",): {"policy": place.base, "baseline": place.base, **judged},
         ("best-of",): {"policy": place.base, "-n": "2", **judged},

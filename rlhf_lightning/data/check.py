@@ -1,5 +1,6 @@
 """Checks a file of rows as a stage would read it: contents, errors and duplicates."""
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -105,7 +106,9 @@ def check(module: StageData, source: Source, split: str = "train", limit: int | 
     rows: list[LocatedRow] = []
     for one in inner_sources(source):
         rows += (
-            module.read(one, split, reading) if limit is None else islice(module.located(one, split, reading), limit)
+            module.read(one, split, reading)
+            if limit is None
+            else islice(module.located(one, split, reading), min(limit, sys.maxsize))
         )
     _choose_kind(module, rows)
     module._truncated = 0

@@ -1,6 +1,7 @@
 """Tasks of environments of the package verifiers as data."""
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -146,7 +147,7 @@ def _load(name: str, parameters: Mapping[str, JSON]) -> list[Task]:
         if limit is None and not taskset.bounded:
             raise DataError(f"the taskset {name!r} has no end; add ?limit=NUMBER to its name")
         tasks: Iterable[Task] = taskset
-        return list(islice(tasks, limit))
+        return list(islice(tasks, limit and min(limit, sys.maxsize)))
     except ConfigError as error:
         raise DataError(str(error)) from None
     except (ImportError, AttributeError, TypeError, ValueError) as error:  # pydantic's errors are ValueErrors

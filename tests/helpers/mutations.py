@@ -155,6 +155,12 @@ MEANT_FLAGS: dict[str, tuple[str, ...]] = {
     "root": (*NAMES, "folder"),
     "data check --samples": ("zero", "huge"),  # none are shown, or all
     "seed": ("zero",),
+    "data check --limit": ("huge",),
+    "filter apply --output": (*NAMES, "folder"),
+    "serve --max_waiting": ("zero",),
+    "serve --name": ANY_TEXT,
+    "tinker --name": ANY_TEXT,
+    "tinker --folder": (*NAMES, "folder"),
     "stop": (*ANY_TEXT, "empty"),
     "summary": NAMES,
     "system": (*ANY_TEXT, "empty"),
@@ -239,6 +245,7 @@ MEANT_SETTINGS = {
 """Likewise of settings, by their whole name or the last part, and of a pipeline file (`plan.`)."""
 NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
     "stages": ("stage 1",),
+    "files": ("FILE",),
     "stages.0.config": ("stage sft", "stage 1"),
     "stages.0.overrides": ("stage sft",),
     "system": ("longest prompt", "conversation"),
