@@ -105,11 +105,10 @@ def check(module: StageData, source: Source, split: str = "train", limit: int | 
     found = Checked(str(source) if mixture is None else ", ".join(one.name for one in mixture.sources))
     rows: list[LocatedRow] = []
     for one in inner_sources(source):
-        rows += (
-            module.read(one, split, reading)
-            if limit is None
-            else islice(module.located(one, split, reading), min(limit, sys.maxsize))
-        )
+        if limit is None:
+            rows += module.read(one, split, reading)
+        else:
+            rows += islice(module.located(one, split, reading), min(limit, sys.maxsize))
     _choose_kind(module, rows)
     module._truncated = 0
     module.renderer.openings = found.openings
