@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_lightning.errors import MOST, UserError, quoted
+from rlhf_lightning.errors import MOST, UserError, quoted, short
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.serving.fields import Fields, RequestError
@@ -337,11 +337,6 @@ def _datum(tokens: list[Tensor], inputs: dict[str, Tensor], loss: Loss, limits: 
             f"{where}.loss_fn_inputs has {quoted(sorted(unknown))}, which {loss.name} does not use; leave it out"
         )
     for name, values in inputs.items():
-        if values.ndim > 1:
-            raise RequestError(
-                f"{where}.loss_fn_inputs.{name} has the shape {list(values.shape)}; this server takes one value per "
-                "token, not several targets per position"
-            )
         if len(values) != len(ids):
             raise RequestError(
                 f"{where}.loss_fn_inputs.{name} has {len(values)} values, but model_input has {len(ids)} tokens"
@@ -364,7 +359,9 @@ def _tensor(message: Message, index: int, name: str) -> Tensor:
         raise RequestError(f"{where} is sparse, with several targets per position; this server takes one per position")
     if message.whole(3) not in DTYPES:
         raise RequestError(f"{where} has the dtype {message.whole(3)}; use float32 or int64")
-    return _shaped(array(message.bytes(1), DTYPES[message.whole(3)]), message.wholes(4), where)
+    values = array(message.bytes(1), DTYPES[message.whole(3)])
+    _check_shape(values, message.wholes(4), where)
+    return values
 
 
 def _json_tensor(value: JSON, index: int, name: str) -> Tensor:
@@ -375,19 +372,29 @@ def _json_tensor(value: JSON, index: int, name: str) -> Tensor:
     fields.finish()
     if dtype not in JSON_DTYPES:
         raise RequestError(f"{where}.dtype is {dtype!r}; use float32 or int64")
-    if not isinstance(data, list) or not all(type(one) in (int, float) for one in data):
-        raise RequestError(f"{where}.data must be a list of numbers")
-    sizes = [size for size in shape if isinstance(size, int)] if isinstance(shape, list) else [len(data)]
+    kinds = (int, float) if JSON_DTYPES[dtype].is_floating_point else (int,)
+    if not isinstance(data, list) or not all(type(one) in kinds for one in data):
+        raise RequestError(f"{where}.data must be a list of numbers, and of whole ones for the dtype int64")
+    sizes = [] if shape is None else shape
+    if not isinstance(sizes, list) or not all(type(size) is int for size in sizes):
+        raise RequestError(f"{where}.shape must be a list of whole numbers")
     try:
-        return _shaped(torch.tensor(data, dtype=JSON_DTYPES[dtype]), sizes, where)
-    except (OverflowError, TypeError) as error:
+        values = torch.tensor(data, dtype=JSON_DTYPES[dtype])
+    except (OverflowError, ValueError) as error:  # which of them, depends on the dtype
         raise RequestError(f"{where}.data: {error}") from None
+    _check_shape(values, [size for size in sizes if isinstance(size, int)], where)
+    return values
 
 
-def _shaped(values: Tensor, shape: list[int], where: str) -> Tensor:
-    if shape and math.prod(shape) != len(values):
-        raise RequestError(f"{where} has {len(values)} values, but the shape {shape}")
-    return values.reshape(shape) if shape else values
+def _check_shape(values: Tensor, shape: list[int], where: str) -> None:
+    """Raise `RequestError` unless a shape, if there is one, is that of one value per token."""
+    if len(shape) > 1:
+        raise RequestError(
+            f"{where} has the shape {short(shape)}; this server takes one value per token, not several targets per "
+            "position"
+        )
+    if shape and shape[0] != len(values):
+        raise RequestError(f"{where} has {len(values)} values, but the shape {short(shape)}")
 
 
 def _only_text(where: str) -> RequestError:

@@ -21,7 +21,7 @@ from rlhf_lightning.tinker.results import Results
 from rlhf_lightning.tinker.runs import SNAPSHOTS
 from rlhf_lightning.tinker.worker import Call
 from rlhf_lightning.web import Access
-from tests.helpers.tinker import Asked, Refused, asking, datum, model_input, tensor
+from tests.helpers.tinker import Asked, Refused, asking, datum, model_input
 
 IDS = [3, 14, 15, 92, 65, 35]
 ROW = datum(IDS, weights=[0.0, 1.0, 1.0, 0.5, 1.0])
@@ -380,22 +380,31 @@ def test_refused_prompts(asked: Asked, prompt: list[int]) -> None:
         (datum(IDS, weights=[1.0] * 5), "ppo", "lacks 'advantages', 'logprobs'"),
         (datum(IDS, weights=[1.0] * 5), "custom", "loss_fn is 'custom'"),
         ({**ROW, "model_input": {"chunks": [{"type": "image", "data": ""}]}}, "dro", "a chunk other than text"),
-        (
-            {**ROW, "loss_fn_inputs": {"target_tokens": {"data": [1, 2], "dtype": "int64", "shape": [1, 2]}}},
-            "cross_entropy",
-            "lacks 'weights'",
-        ),
-        (
-            {"model_input": model_input([5]), "loss_fn_inputs": {
-                "target_tokens": {"data": [1, 2], "dtype": "int64", "shape": [1, 2]}, "weights": tensor([1.0])}},
-            "cross_entropy",
-            "has the shape [1, 2]; this server takes one value per token",
-        ),
     ],
 )  # fmt: skip
 def test_refused_training_data(asked: Asked, run: str, row: Any, loss: str, message: str) -> None:
     with pytest.raises(Refused, match=re.escape(message)) as refused:
         asked.train(run, [row], loss)
+    assert refused.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("data", "shape", "message"),
+    [
+        ([1, 2], [1, 2], "target_tokens has the shape [1, 2]; this server takes one value per token"),
+        ([1, 2], [3], "target_tokens has 2 values, but the shape [3]"),
+        ([1, 2], [-1, -2], "target_tokens has the shape [-1, -2]"),
+        ([], [0, 2**70], "target_tokens has the shape [0, 1180591620717411303424]"),
+        ([1, 2], [2.0], "target_tokens.shape must be a list of whole numbers"),
+        ([1, 2.5], None, "target_tokens.data must be a list of numbers, and of whole ones for the dtype int64"),
+        ([1, 2**70], None, "target_tokens.data: Overflow"),
+    ],
+)
+def test_refused_tensors(asked: Asked, run: str, data: list[float], shape: Any, message: str) -> None:
+    targets = {"data": data, "dtype": "int64", "shape": shape}
+    row = {"model_input": model_input([5, 6]), "loss_fn_inputs": {"target_tokens": targets}}
+    with pytest.raises(Refused, match=re.escape(message)) as refused:
+        asked.train(run, [row])
     assert refused.value.status == 400
 
 
