@@ -15,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlhf_lightning.generation.kv_cache import PrefillCache, SharedPrompts, SlotKVCache
-from rlhf_lightning.models import last_layer
 from rlhf_lightning.models.attention import Decoding, packed_attention
 from rlhf_lightning.models.attention import kept_attention as attention_of_kept
-from rlhf_lightning.models.last_layer import KeptLayout
+from rlhf_lightning.models.fused_layers import MODELS, rotate, signed_sines
+from rlhf_lightning.models.last_layer import KeptLayout, has_other_hooks
 from rlhf_lightning.models.lora import LoRAFactors, base_of, is_adapted, lora_factors, lora_obstacles
 from rlhf_lightning.models.packing import PackedLayout
 from rlhf_lightning.models.precision import rounded_factors
+from rlhf_lightning.models.projection import is_plain_linear, linear_of, unadapted
 from rlhf_lightning.models.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaModel, LlamaRMSNorm
     from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-MODELS = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` whose layers are computed here."""
 ROTARY = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary embeddings whose angles depend only on the position."""
 ROWS = 32
@@ -172,7 +171,7 @@ class FusedDecoder:
 
         def product(*modules: nn.Module) -> _Product:
             found = [adapters.get(names[id(module)]) for module in modules]
-            return _Product([_plain(module) for module in modules], found, dtype)
+            return _Product([linear_of(module) for module in modules], found, dtype)
 
         self.layers = []
         for layer in decoder.layers:
@@ -303,16 +302,13 @@ class FusedDecoder:
         with torch.autocast(device, enabled=False):
             x = F.embedding(ids, self.embeddings.weight).to(self.wide)
             cos, sin = (part[0, :, None] for part in self.rotary(x, position_ids=positions[None]))
-            # rotate(x) · sin = swap(x) · sin with the first half of the sines negated, where swap exchanges the halves
-            half = self.size // 2
-            sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
+            sin = signed_sines(sin)
             for index, layer in enumerate(self.layers):
                 states = layer.qkv(layer.before_attention(x)).unflatten(-1, (-1, self.size))
                 rotated, value = states.split([self.heads + self.key_heads, self.key_heads], 1)
                 if layer.head_norm is not None:
                     rotated = layer.head_norm(rotated)
-                rotated = rotated.to(self.wide)
-                rotated = torch.addcmul(rotated * cos, rotated.roll(half, -1), sin).to(self.dtype)
+                rotated = rotate(rotated.to(self.wide), cos, sin).to(self.dtype)
                 query, key = rotated.split([self.heads, self.key_heads], 1)
                 attended = attend(index, query, key, value)
                 if ends is not None and index == len(self.layers) - 1:
@@ -343,7 +339,7 @@ def supports(model: "PreTrainedModel | PeftModel") -> bool:
         return False
     if is_adapted(model) and not set(lora_obstacles(model)) <= {"trained weights of the base"}:
         return False
-    if any(hook.__module__ != last_layer.__name__ for module in base.modules() for hook in _hooks(module)):
+    if any(has_other_hooks(module) for module in base.modules()):
         return False
     return all(_is_plain(module) for module in _projections(decoder))
 
@@ -361,7 +357,7 @@ def copied_bytes(model: "PreTrainedModel | PeftModel", size: int) -> int:
     if not supports(model):
         return 0
     head = base_of(model).get_output_embeddings().weight
-    return size * sum(_plain(one).weight.numel() for one in _projections(base_of(model).get_decoder())) + head.nbytes
+    return size * sum(linear_of(one).weight.numel() for one in _projections(base_of(model).get_decoder())) + head.nbytes
 
 
 def _projections(decoder: "LlamaModel") -> list[nn.Module]:
@@ -375,24 +371,12 @@ def _projections(decoder: "LlamaModel") -> list[nn.Module]:
     ]
 
 
-def _hooks(module: nn.Module) -> list[Callable[..., object]]:
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-
-
-def _plain(module: nn.Module) -> nn.Linear:
-    """The linear layer below an adapter, or the layer itself."""
-    layer = getattr(module, "base_layer", module)
-    assert isinstance(layer, nn.Linear)
-    return layer
-
-
 def _is_plain(module: nn.Module) -> bool:
     """True for a linear layer as it is, or below one active adapter that is not merged."""
     from peft.tuners.lora import LoraLayer
 
-    layer = getattr(module, "base_layer", module)
-    if type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter or "forward" in vars(layer):
+    if not is_plain_linear(module):
         return False
     if not isinstance(module, LoraLayer):
-        return layer is module
+        return unadapted(module) is module
     return not module.disable_adapters and not module.merged and list(module.active_adapters) == ["default"]

@@ -20,7 +20,7 @@ from rlhf_lightning.models import last_layer
 from rlhf_lightning.models.attention import packed_attention
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packing import PackedLayout
-from rlhf_lightning.models.projection import LayerWeights, Projection, unadapted
+from rlhf_lightning.models.projection import LayerWeights, Projection, is_plain_linear, unadapted
 from rlhf_lightning.models.sharding import is_sharded, layers_of
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 MODELS = ("llama", "mistral", "qwen2", "qwen3")
-"""Values of `model_type` whose layers are computed here."""
+"""Values of `model_type` whose layers are computed here, and by `FusedDecoder`."""
 
 
 class NormProductFunction(torch.autograd.Function):
@@ -184,22 +184,35 @@ class RotaryFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Compute the output."""
-        ctx.save_for_backward(cos, sin)
-        half = states.shape[-1] // 2
-        # rotate(x) · sin = swap(x) · sin with the first half of the sines negated, where swap exchanges the halves
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
-        wide = states.to(cos.dtype)
-        return torch.addcmul(wide * cos, wide.roll(half, -1), sin).to(states.dtype)
+        ctx.save_for_backward(cos, sin)  # not the signed sines, because all layers share these
+        return rotate(states.to(cos.dtype), cos, signed_sines(sin)).to(states.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         """Gradient of the states."""
         cos, sin = ctx.saved_tensors
-        half = grad.shape[-1] // 2
-        sin = torch.cat([-sin[..., :half], sin[..., half:]], -1)
         wide = grad.to(cos.dtype)
-        return (wide * cos).add_((wide * sin).roll(half, -1)).to(grad.dtype), None, None
+        return (wide * cos).add_((wide * signed_sines(sin)).roll(grad.shape[-1] // 2, -1)).to(grad.dtype), None, None
+
+
+def signed_sines(sin: Tensor) -> Tensor:
+    """The sines of rotary embeddings with the first half of a head negated, as `rotate` takes them."""
+    half = sin.shape[-1] // 2
+    return torch.cat([-sin[..., :half], sin[..., half:]], -1)
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of `[n, heads, size]`, without autograd functions of its own.
+
+    With `sin` from `signed_sines`, rotate_half(x) · sin is x with its halves exchanged · sin.
+
+    Args:
+        states: Queries and keys.
+        cos: `[n, 1, size]`, of the same type.
+        sin: Likewise.
+    """
+    return torch.addcmul(states * cos, states.roll(states.shape[-1] // 2, -1), sin)
 
 
 def _inverse_norm(x: Tensor, eps: float) -> Tensor:
@@ -272,8 +285,7 @@ def _is_plain(layer: "LlamaDecoderLayer") -> bool:
     if getattr(layer, "_compiled_call_impl", None) is not None:
         return False
     for module in layer.modules():
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if any(hook.__module__ != last_layer.__name__ for hook in hooks):
+        if last_layer.has_other_hooks(module) or module._backward_pre_hooks or module._backward_hooks:
             return False
     parts = (*layer.self_attn.named_children(), *layer.mlp.named_children())
     return all(_is_plain_linear(module) for name, module in parts if name.endswith("_proj"))
@@ -281,10 +293,9 @@ def _is_plain(layer: "LlamaDecoderLayer") -> bool:
 
 def _is_plain_linear(module: nn.Module) -> bool:
     """True for a linear layer, or peft's LoRA around one with at most one active adapter of the plain kind."""
-    base = unadapted(module)
-    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter or "forward" in vars(base):
+    if not is_plain_linear(module):
         return False
-    if base is module:
+    if unadapted(module) is module:
         return True
     from peft.tuners.lora import LoraLayer
     from peft.tuners.lora.layer import Linear
@@ -344,7 +355,8 @@ def _fused(
     query, key = RotaryFunction.apply(rotated, cos, sin).split([heads, key_heads], 1)
     # A view of all states would keep them for backward.
     query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value.contiguous()))
-    window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+    # Llama's layers have no window, whatever their config says.
+    window = config.sliding_window if config.model_type == "mistral" else getattr(attention, "sliding_window", None)
     attended = packed_attention(query, key, value, layout, attention.scaling, window)[0].flatten(1)
     output = weights.projection(attention.o_proj)
     x = ResidualProductFunction.apply(x, attended, output, *output.parameters)

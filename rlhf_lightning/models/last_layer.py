@@ -64,6 +64,12 @@ def install(layer: nn.Module) -> None:
         layer.register_forward_pre_hook(_keep, with_kwargs=True)
 
 
+def has_other_hooks(module: nn.Module) -> bool:
+    """True if a module has forward hooks other than that of `install`."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return any(hook is not _keep for hook in hooks)
+
+
 def _keep(
     layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:

@@ -53,8 +53,7 @@ class Projection:
         self._parts: list[Part] = []
         row = rank = 0
         for layer in layers:
-            linear = unadapted(layer)
-            assert isinstance(linear, nn.Linear)
+            linear = linear_of(layer)
             like: Tensor = linear.weight
             rows = slice(row, row := row + linear.out_features)
             self._parts.append(Part("weight", linear.weight, rows, slice(0), 1.0))
@@ -165,6 +164,19 @@ def unadapted(module: nn.Module) -> nn.Module:
     """The layer below an adapter, or the layer itself."""
     found: nn.Module = getattr(module, "base_layer", module)
     return found
+
+
+def linear_of(module: nn.Module) -> nn.Linear:
+    """`unadapted` of a module that is a linear layer, or an adapter around one."""
+    layer = unadapted(module)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """True if `unadapted` gives a linear layer that computes what its weight says: not quantized, parametrized, …"""
+    layer = unadapted(module)
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and "forward" not in vars(layer)
 
 
 def _factors(module: nn.Module) -> tuple[Tensor, Tensor, float] | None:

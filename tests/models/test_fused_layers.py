@@ -24,7 +24,7 @@ from rlhf_lightning.models.sharding import layers_of
 from tests.helpers.packed import close, gradients, graph_names, model_of, rows_of
 
 MODELS: dict[str, dict[str, Any]] = {
-    "llama": {"attention_bias": True},
+    "llama": {"attention_bias": True, "mlp_bias": True, "sliding_window": 4},  # a window that Llama does not have
     "mistral": {"sliding_window": 4},
     "qwen2": {},
     "qwen3": {},
@@ -135,9 +135,10 @@ def test_only_autocast_of_plain_models_is_fused(tokenizer: Any) -> None:
         dropping = model_of("qwen3", tokenizer, attention_dropout=0.1).train()
         assert not fuses(dropping)
         assert fuses(dropping.eval())
-        hooked = model_of("qwen3", tokenizer)
-        layers_of(hooked)[0].mlp.register_forward_hook(lambda module, args, output: None)
-        assert not fuses(hooked)
+        for register in ("register_forward_hook", "register_full_backward_hook"):
+            hooked = model_of("qwen3", tokenizer)
+            getattr(layers_of(hooked)[0].mlp, register)(lambda module, *values: None)
+            assert not fuses(hooked)
         lora_dropout = LoRA(dropout=0.1).config(model_of("qwen3", tokenizer), "CAUSAL_LM")
         assert not fuses(get_peft_model(model_of("qwen3", tokenizer), lora_dropout).train())
     assert not fuses(model_of("qwen3", tokenizer))
