@@ -1,4 +1,4 @@
-"""What the web servers of `rlhf label` and `rlhf serve` share: who may use them, and limits of requests."""
+"""What the web servers of `rlhf label`, `rlhf serve` and `rlhf tinker` share: access, and limits of requests."""
 
 import asyncio
 import hmac

@@ -1,4 +1,7 @@
-"""How `rlhf serve` ends: running requests have some time to finish, then they get an error in OpenAI's form."""
+"""How `rlhf serve` and `rlhf tinker` end: running requests have some time to finish.
+
+Then those of `rlhf serve` get an error in OpenAI's form.
+"""
 
 import asyncio
 import logging

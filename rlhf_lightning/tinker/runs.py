@@ -40,6 +40,8 @@ class Run:
     user_metadata: dict[str, str]
     last_request: float = field(default_factory=time.time)
     training: TrainingRun | None = None
+    created_by: tuple[str, str] | None = None
+    """Digest and id of the request that created it."""
     snapshots: OrderedDict[str, Weights] = field(default_factory=OrderedDict)
     _admitted: OrderedDict[int, tuple[str, str]] = field(default_factory=OrderedDict)
     """Digest and request id of the requests that the client may send again, by `seq_id`."""
@@ -62,7 +64,7 @@ class Run:
         self.last_request = time.time()
         if not seq_id:
             return submit()
-        digest = hashlib.sha256(content).hexdigest()
+        digest = _digest(content)
         if seq_id in self._admitted:
             before, request_id = self._admitted[seq_id]
             if before != digest:
@@ -99,8 +101,10 @@ class Runs:
 
     Example:
         >>> runs = Runs(most=8)
-        >>> runs.new("0123456789abcdef", 0, LoRA(rank=8), {})
-        '0123456789abcdef:train:0'
+        >>> runs.new("0123456789abcdef:train:0", Run(LoRA(rank=8), {}), b"{}", lambda: "request")
+        'request'
+        >>> runs.created("0123456789abcdef:train:0", b"{}")
+        'request'
     """
 
     def __init__(self, most: int) -> None:
@@ -116,37 +120,52 @@ class Runs:
         return len(self._runs) >= self.most
 
     def of(self, session: str) -> list[str]:
-        """Ids of the runs of a session.
+        """Ids of the runs of a session. Runs may come and go in other threads at the same time.
 
         Args:
             session: Id of the session.
         """
-        return [model_id for model_id in self._runs if model_id.startswith(f"{session}:")]
+        return [model_id for model_id in list(self._runs) if model_id.startswith(f"{session}:")]
 
-    def new(self, session: str, number: int | None, lora: LoRA, user_metadata: dict[str, str]) -> str:
-        """Register a training run; returns its id.
+    def created(self, model_id: str, content: bytes) -> str | None:
+        """Id of the request that created a run, if a client sends it again; None if the run does not exist.
 
         Args:
-            session: Id of the client's session.
-            number: Number of the run within it.
-            lora: Form of the adapter.
-            user_metadata: The client's notes.
+            model_id: Id of the run.
+            content: The request as it was sent.
 
         Raises:
-            RequestError: If the number is missing or used, or there are too many runs.
+            RequestError: If the run was created by another request.
         """
-        if number is None:
-            raise RequestError("model_seq_id is missing; give each training run of a session its own number")
-        model_id = f"{session}:train:{number}"
-        if model_id in self._runs:
+        run = self._runs.get(model_id)
+        if run is None or run.created_by is None:
+            return None
+        before, request_id = run.created_by
+        if before != _digest(content):
             raise RequestError(f"the training run {model_id} exists; use another model_seq_id", "model_seq_id")
+        return request_id
+
+    def new(self, model_id: str, run: Run, content: bytes, submit: Callable[[], str]) -> str:
+        """Register a training run, and submit the request that creates it; returns the id of the request.
+
+        Args:
+            model_id: Id of the run, which does not exist.
+            run: The run.
+            content: The request as it was sent.
+            submit: Submits it.
+
+        Raises:
+            RequestError: If there are too many runs.
+        """
         if self.full:
             raise RequestError(
-                f"this server has {len(self._runs)} training runs already ({quoted(self._runs)}); close the "
+                f"this server has {len(self._runs)} training runs already ({quoted(list(self._runs))}); close the "
                 "ServiceClient of one, or start the server with a larger --max_runs"
             )
-        self._runs[model_id] = Run(lora, user_metadata)
-        return model_id
+        self._runs[model_id] = run
+        request_id = submit()
+        run.created_by = _digest(content), request_id
+        return request_id
 
     def get(self, model_id: str | None) -> Run:
         """A training run.
@@ -200,3 +219,7 @@ class Runs:
             model_id: Its id.
         """
         self._runs.pop(model_id, None)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from rlhf_lightning.errors import first_line
-from rlhf_lightning.files import as_json
 from rlhf_lightning.serving.fields import RequestError
+from rlhf_lightning.serving.replies import json_response
 from rlhf_lightning.serving.server import BODY, HEADERS
 from rlhf_lightning.tinker.replies import Reply
 from rlhf_lightning.tinker.requests import forward_backward_of_json, forward_backward_of_message
@@ -117,7 +117,7 @@ class TinkerServer:
         """The handler of a call whose request and reply are JSON."""
 
         async def handle(request: Request) -> Response:
-            return _json(call(await self._body(request, BODY)))
+            return json_response(call(await self._body(request, BODY)))
 
         return handle
 
@@ -134,7 +134,7 @@ class TinkerServer:
     # -- calls --------------------------------------------------------------------------------------------------------
 
     async def _health(self, request: Request) -> Response:
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def _capabilities(self, request: Request) -> Response:
         self._authorize(request)
@@ -144,7 +144,7 @@ class TinkerServer:
             "trainable": True,
             "sampleable": True,
         }
-        return _json({"supported_models": [model]})
+        return json_response({"supported_models": [model]})
 
     def _heartbeat(self, body: Body) -> dict[str, JSON]:
         self.service.check_session(body.text("session_id"))
@@ -162,7 +162,7 @@ class TinkerServer:
             self._authorize(request)
             content = await read_body(request, PROTOBUF, TRAINING_BODY)
             asked = forward_backward_of_message(content, self.service.limits)
-        return _json(self.service.forward_backward(asked, content))
+        return json_response(self.service.forward_backward(asked, content))
 
     async def _retrieve(self, request: Request) -> Response:
         """The result of a request, once it is there."""
@@ -176,10 +176,10 @@ class TinkerServer:
             reply = await _wait(future)
         except TimeoutError:
             # The client takes status 408 as: ask again.
-            return _json({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
+            return json_response({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
         self.service.result(request_id)
         message = reply.message() if PROTOBUF in request.headers.get("accept", "") else None
-        return _json(reply.json()) if message is None else Response(message, media_type=PROTOBUF)
+        return json_response(reply.json()) if message is None else Response(message, media_type=PROTOBUF)
 
     async def _finish(self, request: Request) -> Response:
         await self._body(request, BODY)  # says why, which is not kept
@@ -190,16 +190,16 @@ class TinkerServer:
 
     async def _sampler(self, request: Request) -> Response:
         self._authorize(request)
-        return _json(self.service.get_sampler(request.path_params["sampler"]))
+        return json_response(self.service.get_sampler(request.path_params["sampler"]))
 
     async def _training_run(self, request: Request) -> Response:
         self._authorize(request)
-        return _json(self.service.training_run(request.path_params["run"]))
+        return json_response(self.service.training_run(request.path_params["run"]))
 
     async def _checkpoints(self, request: Request) -> Response:
         self._authorize(request)
         found = self.service.list_checkpoints(request.path_params["run"])
-        return _json({"checkpoints": [*found], "cursor": None})
+        return json_response({"checkpoints": [*found], "cursor": None})
 
     async def _delete(self, request: Request) -> Response:
         self._authorize(request)
@@ -215,13 +215,9 @@ async def _wait(future: Future[Reply]) -> Reply:
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-def _json(body: dict[str, JSON], status: int = 200) -> Response:
-    return Response(as_json(body), status, media_type="application/json")
-
-
 def _refusal(status: int, problem: str) -> Response:
     """An error as the client shows it. Status 5xx would make it try again for minutes."""
-    return _json({"detail": problem}, status)
+    return json_response({"detail": problem}, status)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from rlhf_lightning.errors import short
 from rlhf_lightning.models.language_model import LanguageModel
-from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.serving.fields import Fields, RequestError
 from rlhf_lightning.tinker.adapters import AdaptedModel, AdaptedModels
 from rlhf_lightning.tinker.checkpoints import Address, CheckpointStore, Record
@@ -27,7 +26,7 @@ from rlhf_lightning.tinker.requests import (
     sample_request,
 )
 from rlhf_lightning.tinker.results import Results
-from rlhf_lightning.tinker.runs import SNAPSHOTS, Runs
+from rlhf_lightning.tinker.runs import SNAPSHOTS, Run, Runs
 from rlhf_lightning.tinker.sampling import sample
 from rlhf_lightning.tinker.training import TrainingRun
 from rlhf_lightning.tinker.worker import Call, Task, Worker
@@ -177,7 +176,9 @@ class TinkerService:
         return session
 
     def finish_session(self, session: str) -> Future[Reply]:
-        """End a session with its training runs, once their waiting requests are done. Checkpoints stay.
+        """End a session with its training runs and sampling sessions, once waiting requests are done.
+
+        Checkpoints stay.
 
         Args:
             session: Id of the session; one that has ended is left alone.
@@ -190,17 +191,30 @@ class TinkerService:
         def forget() -> Reply:
             for model_id in self._runs.of(session):
                 self._runs.forget(model_id)
+            for sampler in [one for one in list(self._samplers) if one.startswith(f"{session}:")]:
+                del self._samplers[sampler]
             return JSONReply({})
 
         return self.result(self._submit(Call(forget)))
 
-    def _new_run(self, session: str, number: int | None, lora: LoRA, notes: dict[str, str]) -> str:
-        """Register a training run. If there are too many, those of clients that are gone are forgotten first."""
-        if self._runs.full:
-            silent = [one for one, heard in self._sessions.items() if time.monotonic() > heard + SILENT]
-            for model_id in [model_id for one in silent for model_id in self._runs.of(one)]:
-                self._runs.forget(model_id)
-        return self._runs.new(session, number, lora, notes)
+    def _create(
+        self, session: str, number: int | None, run: Run, content: bytes, work: Callable[[str], Reply]
+    ) -> dict[str, JSON]:
+        """Register a training run, and submit the work that creates it, unless the request was sent before.
+
+        If there are too many runs, those of clients that are gone are forgotten first.
+        """
+        if number is None:
+            raise RequestError("model_seq_id is missing; give each training run of a session its own number")
+        model_id = f"{session}:train:{number}"
+        request_id = self._runs.created(model_id, content)
+        if request_id is None:
+            if self._runs.full:
+                silent = [one for one, heard in self._sessions.items() if time.monotonic() > heard + SILENT]
+                for other in [other for one in silent for other in self._runs.of(one)]:
+                    self._runs.forget(other)
+            request_id = self._runs.new(model_id, run, content, lambda: self._submit(Call(lambda: work(model_id))))
+        return {"request_id": request_id, "model_id": model_id}
 
     def check_model(self, name: str | None) -> None:
         """Raise `RequestError` unless a client asks for the served model."""
@@ -217,15 +231,14 @@ class TinkerService:
         self.check_model(fields.text("base_model"))
         (lora, seed), notes = lora_settings(fields, self.limits), metadata(fields)
         fields.finish()
-        model_id = self._new_run(session, number, lora, notes)
 
-        def create() -> Reply:
+        def create(model_id: str) -> Reply:
             with self._runs.creating(model_id) as run:
                 adapted = self._models.of(lora)
                 run.training = TrainingRun(adapted, adapted.fresh(seed))
             return JSONReply({"model_id": model_id, "type": "create_model"})
 
-        return {"request_id": self._submit(Call(create)), "model_id": model_id}
+        return self._create(session, number, Run(lora, notes), fields.content, create)
 
     def get_info(self, fields: Body) -> dict[str, JSON]:
         """Information about a training run."""
@@ -364,19 +377,9 @@ class TinkerService:
         self.check_model(record.base_model)
         if optimizer and address.kind != "weights":
             raise RequestError(f"{address} has no optimizer state; only save_state writes it", "path")
-        is_new = session is not None
-        if session is not None:
-            model_id = self._new_run(self.check_session(session), number, record.lora, notes)
-        run = self._runs.get(model_id or "")
-        if run.lora != record.lora:
-            raise RequestError(
-                f"{address} has rank {record.rank} and the layers {list(record.target)}, but the training run has rank "
-                f"{run.lora.rank} and {run.lora.target}; create a training client from the state instead",
-                "path",
-            )
 
-        def load() -> Reply:
-            with self._runs.creating(str(model_id)) as run:
+        def load(model_id: str) -> Reply:
+            with self._runs.creating(model_id) as run:
                 adapted = self._models.of(record.lora)
                 weights = self._checkpoints.weights(address, adapted)
                 state = self._checkpoints.optimizer(address) if optimizer else None
@@ -384,9 +387,18 @@ class TinkerService:
                 run.training.load(weights, state)
             return JSONReply({"path": str(address), "model_id": model_id, "type": "load_weights"})
 
-        if is_new:
-            return {"request_id": self._submit(Call(load)), "model_id": model_id}
-        return self._submit_in_order(model_id or "", seq_id, fields.content, load)
+        if session is not None:
+            return self._create(self.check_session(session), number, Run(record.lora, notes), fields.content, load)
+        loaded_into = model_id or ""
+        run = self._runs.get(loaded_into)
+        if run.lora != record.lora:
+            raise RequestError(
+                f"{address} has rank {record.rank} and the layers {list(record.target)}, but the training run has rank "
+                f"{run.lora.rank} and {run.lora.target}; create a training client from the state instead",
+                "path",
+            )
+
+        return self._submit_in_order(loaded_into, seq_id, fields.content, lambda: load(loaded_into))
 
     def weights_info(self, fields: Body) -> dict[str, JSON]:
         """What a client must know to load a checkpoint."""

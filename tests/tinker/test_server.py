@@ -130,6 +130,19 @@ def test_request_that_is_sent_again_runs_once(asked: Asked, number: int) -> None
         asked.done("unload_model", model_id=one)
 
 
+def test_run_that_is_created_twice(asked: Asked, run: str, number: int) -> None:
+    """By a request that is sent again it is the same run; another request is refused. Both calls that create runs."""
+    path = asked.done("save_weights", model_id=run, path="twice")["path"]
+    fields = {"session_id": asked.session, "base_model": "tiny", "model_seq_id": number + 300}
+    for call, given in (("create_model", {"lora_config": {"rank": 4}}), ("load_weights", {"path": path})):
+        first, again = (asked.post(call, **fields, **given) for _ in range(2))
+        assert first == again
+        assert asked.result(first["request_id"])["model_id"] == first["model_id"]
+        with pytest.raises(Refused, match=f"the training run {first['model_id']} exists; use another model_seq_id"):
+            asked.post(call, **fields, **given, user_metadata={"a": "b"})
+        asked.done("unload_model", model_id=first["model_id"])
+
+
 def test_forward_computes_no_gradient(asked: Asked, number: int) -> None:
     """The call of earlier clients."""
     run = asked.model(number)
@@ -478,7 +491,11 @@ def test_runs_end_with_their_session(folder: str, tmp_path: Path, monkeypatch: p
     """When the client closes it, or, if there is no room for others, when the client is gone."""
     with asking(folder, tmp_path, most_runs=1) as asked:
         first = asked.model(0)
+        sampler = snapshot(asked, first, 1)
         asked.send(f"sessions/{asked.session}/finish", b'{"reason": {"type": "success"}}')
+        with pytest.raises(Refused, match=f"the sampling session '{sampler}' is unknown"):
+            asked.sample(PROMPT, sampling_session_id=sampler)
+        assert not asked.service._samplers
         for call in (lambda: asked.model(1), lambda: asked.post("session_heartbeat", session_id=asked.session)):
             with pytest.raises(Refused, match="has ended, or the server was started again"):
                 call()
