@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Protocol, TypedDict
 
 from rlhf_lightning.data.records import LocatedRow
-from rlhf_lightning.errors import DataError
+from rlhf_lightning.errors import ConfigError, DataError
 from rlhf_lightning.imports import imported
 from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import JSON, FilterDecision
@@ -66,10 +66,13 @@ def filter_fingerprint(chosen: JSON) -> str | None:
     if not chosen:
         return None
     settings = chosen if isinstance(chosen, dict) else {"class_path": chosen}
-    arguments = settings.get("init_args")
-    made: RowFilter = imported(str(settings.get("class_path")), "data.filter")(
-        **(arguments if isinstance(arguments, dict) else {})
-    )
+    given = settings.get("init_args")
+    arguments = given if isinstance(given, dict) else {}
+    kind = imported(str(settings.get("class_path")), "data.filter")
+    try:
+        made: RowFilter = kind(**arguments)
+    except TypeError as error:
+        raise ConfigError(f"data.filter: init_args do not fit {settings.get('class_path')}: {error}") from error
     return made.fingerprint()
 
 

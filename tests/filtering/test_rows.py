@@ -252,6 +252,10 @@ def test_a_pipeline_notices_other_rules(rules: str, base: str, tmp_path: Path, m
     with pytest.raises(ConfigError, match=r"the inputs of stage sft have changed since it ran: filter\."):
         run_pipeline(plan)
     assert [one.what for one in verify_run(tmp_path / "run") if one.status == "differs"] == ["data.filter"]
+    config["data"]["filter"]["init_args"] = {"rule": rules}
+    write_yaml(tmp_path / "c.yaml", config)
+    with pytest.raises(ConfigError, match=r"data\.filter: init_args do not fit .*missing a required argument: 'rules'"):
+        run_pipeline(plan)
 
 
 def test_reward_is_the_penalty_of_responses_that_are_dropped(
