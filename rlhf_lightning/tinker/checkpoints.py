@@ -220,7 +220,7 @@ class CheckpointStore:
         """
         found = []
         for kind in TYPES:
-            for path in self._run(run).glob(f"{kind}/*/{RECORD}"):
+            for path in self._run(run).glob(f"{kind}/[!.]*/{RECORD}"):
                 address = Address(run, kind, path.parent.name)
                 found.append((self.record(address), address))
         found.sort(key=lambda pair: pair[0].created)

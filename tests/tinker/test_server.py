@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +14,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf_lightning.evaluation.policy import Policy
+from rlhf_lightning.files import scratch_of
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.tinker import results, server, service
+from rlhf_lightning.tinker.checkpoints import Address
 from rlhf_lightning.tinker.replies import JSONReply
 from rlhf_lightning.tinker.results import Results
 from rlhf_lightning.tinker.runs import SNAPSHOTS
@@ -300,10 +303,12 @@ def test_stock_peft_opens_a_checkpoint(asked: Asked, folder: str, run: str) -> N
 
 
 def test_names_of_checkpoints(asked: Asked, run: str) -> None:
-    """A name is used once, unless it is to be overwritten; a deleted one is gone."""
+    """A name is used once, unless it is to be overwritten; a deleted or incomplete one is not listed."""
     asked.done("save_weights", model_id=run, path="same")
     assert "save under another name" in asked.done("save_weights", model_id=run, path="same")["error"]
     assert asked.done("save_weights", model_id=run, path="same", overwrite=True)["path"].endswith("/weights/same")
+    folder = asked.service._checkpoints.folder(Address(run, "weights", "same"))
+    shutil.copytree(folder, scratch_of(folder))  # as while the folder is written, or after that was interrupted
     listed = asked.send(f"training_runs/{run}/checkpoints")["checkpoints"]
     assert [one["checkpoint_id"] for one in listed] == ["weights/same"]
     asked.send(f"training_runs/{run}/checkpoints/weights/same", method="DELETE")
