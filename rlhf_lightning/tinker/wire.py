@@ -47,10 +47,7 @@ class Message:
 
     def bytes(self, number: int) -> bytes:
         """A field of bytes."""
-        value = self._values.get(number, [b""])[-1]
-        if isinstance(value, int):
-            raise _malformed(f"field {number} is a number")
-        return value
+        return _content(self._values.get(number, [b""])[-1], number)
 
     def text(self, number: int) -> str:
         """A text."""
@@ -91,8 +88,7 @@ class Message:
 
     def messages(self, number: int) -> "list[Message]":
         """A list of messages."""
-        values = self._values.get(number, [])
-        return [Message(value) for value in values if isinstance(value, bytes)]
+        return [Message(_content(value, number)) for value in self._values.get(number, [])]
 
     def entries(self, number: int) -> "dict[str, Message]":
         """A map from texts; its values are field 2 of the messages."""
@@ -159,6 +155,13 @@ def _values(data: bytes) -> Iterator[tuple[int, int | bytes]]:
             raise _malformed(f"field {number} ends after the message")
         yield number, data[place : place + size]
         place += size
+
+
+def _content(value: int | bytes, number: int) -> bytes:
+    """The value of a field that must have bytes."""
+    if isinstance(value, int):
+        raise _malformed(f"field {number} is a number")
+    return value
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:

@@ -74,6 +74,13 @@ def test_values() -> None:
     assert Message(b"\x0d" + struct.pack("<f", 1.0)).bytes(1) == struct.pack("<f", 1.0)
 
 
+def test_number_instead_of_a_message() -> None:
+    """Nothing that a client sent is ignored."""
+    for read in (Message.messages, Message.message, Message.bytes):
+        with pytest.raises(RequestError, match="field 3 is a number"):
+            read(Message(write(3, 7)), 3)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
