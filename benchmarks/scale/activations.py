@@ -42,7 +42,10 @@ def small_model(shape: Shape, family: str) -> Any:
 
     config = getattr(transformers, f"{family}Config")(**config_of(shape))
     with torch.random.fork_rng():
-        return getattr(transformers, f"{family}ForCausalLM")(config)
+        model = getattr(transformers, f"{family}ForCausalLM")(config)
+    # A model with hooks runs its own modules, as on a GPU; the layers fused on a CPU save less.
+    model.model.layers[0].register_forward_hook(lambda *_: None)
+    return model
 
 
 def config_of(shape: Shape) -> dict[str, Any]:
@@ -65,8 +68,6 @@ def measured(shape: Shape, family: str, precision: str) -> float:
     """
     model = small_model(shape, family)
     model = model.bfloat16() if precision == "bf16-true" else model
-    # A model with hooks runs its own modules, as on a GPU; the layers fused on a CPU save less.
-    model.model.layers[0].register_forward_hook(lambda *_: None)
     forward, context = PackedForward(model, Backbone(model).decoder), _context(precision)
     few, more = (activation_bytes(forward, count, context) for count in TOKENS)
     return (more - few) / (TOKENS[1] - TOKENS[0])
