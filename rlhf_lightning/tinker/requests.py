@@ -418,8 +418,9 @@ def sample_request(fields: Fields, limits: Limits, stop_token_ids: tuple[int, ..
     prompt = json_tokens(fields.take("prompt"), "prompt")
     samples = fields.whole("num_samples", 1, SAMPLES) or 1
     last = fields.whole("prompt_logprobs_last_n", 1, limits.context) or len(prompt)
-    top_prompt = fields.whole("topk_prompt_logprobs", 0, TOP) or 0
-    top_samples = fields.whole("topk_sample_logprobs", 0, TOP) or 0
+    most = min(TOP, limits.vocabulary)
+    top_prompt = fields.whole("topk_prompt_logprobs", 0, most) or 0
+    top_samples = fields.whole("topk_sample_logprobs", 0, most) or 0
     wants_logprobs = fields.flag("prompt_logprobs") or top_prompt > 0
     if fields.whole("prompt_alt_tokens_k", 0, TOP) or fields.take("target_prompt_logprobs") is not None:
         raise RequestError(
