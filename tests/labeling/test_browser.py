@@ -47,6 +47,7 @@ class Annotator:
         self.page.on("request", lambda request: request.url.startswith(own) or self.problems.append(request.url))
         self.page.goto(address)
         if name:
+            self.page.wait_for_selector("input:focus")  # the browser focuses it after it has loaded the page
             self.keys(*name)
             self.press("Enter", until=".answers, .waiting")
 
