@@ -90,7 +90,8 @@ def best() -> str:
         found = {name: RESULTS / f"step-{size}-{name}.json" for name in ("bf16", "f32")}
         reports = {name: read(path.stem)["tasks"] for name, path in found.items() if path.is_file()}
         model = f"{size.upper()}, {' and '.join(reports)}"
-        for task, target in MUST.items() if reports else ():
+        measured = [task for task in MUST if reports and all(task in tasks for tasks in reports.values())]
+        for task, target in ((task, MUST[task]) for task in measured):
             ours, theirs = (
                 min((tasks[task][key], name) for name, tasks in reports.items() for key in keys if tasks[task][key])
                 for keys in (("ours",), ("trl_whole_batch", "trl_fastest"))
