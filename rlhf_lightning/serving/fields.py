@@ -2,7 +2,7 @@
 
 import json
 
-from rlhf_lightning.errors import cut
+from rlhf_lightning.errors import cut, first_line
 from rlhf_lightning.types import JSON
 
 NEUTRAL: dict[str, tuple[JSON, ...]] = {
@@ -52,6 +52,23 @@ class RequestError(Exception):
     def body(self) -> dict[str, JSON]:
         """The error as OpenAI's API writes it."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+
+def json_of(content: bytes) -> JSON:
+    """The value that a request's JSON contains.
+
+    Args:
+        content: The body.
+
+    Raises:
+        RequestError: If it is not valid JSON, or a text in it is not valid Unicode.
+    """
+    try:
+        value: JSON = json.loads(content)
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"the request is not valid JSON ({first_line(error)})") from None
+    return value
 
 
 class Fields:

@@ -1,7 +1,6 @@
 """The web server of `rlhf serve`: OpenAI's chat completions, completions and models, and who may use them."""
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
@@ -16,10 +15,10 @@ from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from rlhf_lightning.errors import UserError, first_line
+from rlhf_lightning.errors import UserError
 from rlhf_lightning.filtering import Filter, FilterText
 from rlhf_lightning.filtering.rows import row_texts
-from rlhf_lightning.serving.fields import RequestError
+from rlhf_lightning.serving.fields import RequestError, json_of
 from rlhf_lightning.serving.replies import Reply, error_response, event, json_response
 from rlhf_lightning.serving.requests import Asked, RequestReader
 from rlhf_lightning.serving.sampling import ResponseSampler, Sampled
@@ -123,11 +122,7 @@ class ApiServer:
     async def _answer(self, request: Request, read: Callable[[JSON], Asked]) -> Response:
         self._authorize(request)
         body = await read_body(request, "application/json", BODY)
-        try:
-            value: JSON = json.loads(body)
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the request is not valid JSON ({first_line(error)})") from None
+        value = json_of(body)
         asked = read(value)
         reply = Reply(asked, self.reader.name, self.reader.renderer)
         if self.filter is not None:

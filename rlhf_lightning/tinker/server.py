@@ -1,7 +1,6 @@
 """The web server of `rlhf tinker`: the HTTP calls of Tinker's client, and who may use them."""
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -15,8 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from rlhf_lightning.errors import first_line
-from rlhf_lightning.serving.fields import RequestError
+from rlhf_lightning.serving.fields import RequestError, json_of
 from rlhf_lightning.serving.replies import json_response
 from rlhf_lightning.serving.server import BODY, HEADERS
 from rlhf_lightning.tinker.replies import Reply
@@ -124,12 +122,7 @@ class TinkerServer:
     async def _body(self, request: Request, limit: int) -> Body:
         self._authorize(request)
         content = await read_body(request, "application/json", limit)
-        try:
-            value: JSON = json.loads(content)
-            json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is no text
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"the request is not valid JSON ({first_line(error)})") from None
-        return Body(value, content)
+        return Body(json_of(content), content)
 
     # -- calls --------------------------------------------------------------------------------------------------------
 
