@@ -155,7 +155,7 @@ class Runs:
             submit: Submits it.
 
         Raises:
-            RequestError: If there are too many runs.
+            RequestError: If there are too many runs, or the request is refused.
         """
         if self.full:
             raise RequestError(
@@ -163,7 +163,11 @@ class Runs:
                 "ServiceClient of one, or start the server with a larger --max_runs"
             )
         self._runs[model_id] = run
-        request_id = submit()
+        try:
+            request_id = submit()
+        except RequestError:
+            self.forget(model_id)
+            raise
         run.created_by = _digest(content), request_id
         return request_id
 

@@ -209,8 +209,8 @@ async def _wait(future: Future[Reply]) -> Reply:
 
 
 def _refusal(status: int, problem: str) -> Response:
-    """An error as the client shows it. Status 5xx would make it try again for minutes."""
-    return json_response({"detail": problem}, status)
+    """An error as the client shows it. It tries again after status 429, and for minutes after 5xx."""
+    return json_response({"detail": problem}, status, {"Retry-After": "1"} if status == 429 else None)
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

@@ -72,13 +72,14 @@ class SampleTask(Task):
 
     Args:
         request: The request.
+        size: Its bytes.
         session: Id of its sampling session.
         adapted: Returns the model with the session's weights.
     """
 
-    def __init__(self, request: SampleRequest, session: str, adapted: Callable[[], AdaptedModel]) -> None:
+    def __init__(self, request: SampleRequest, size: int, session: str, adapted: Callable[[], AdaptedModel]) -> None:
         group: Hashable = (session, request.params)
-        super().__init__(group)
+        super().__init__(size, group)
         self._request, self._adapted = request, adapted
 
     def run(self, tasks: Sequence[Task]) -> list[Reply]:
@@ -137,7 +138,16 @@ class TinkerService:
         return self._results.get(request_id)
 
     def _submit(self, task: Task) -> str:
-        """Let a task wait for its turn; returns the id of the request."""
+        """Let a task wait for its turn; returns the id of the request.
+
+        Raises:
+            RequestError: If too many tasks wait.
+        """
+        self._worker.check_room()
+        return self._submit_anyway(task)
+
+    def _submit_anyway(self, task: Task) -> str:
+        """Submit a task that frees memory, even if too many tasks wait."""
         request_id = self._results.add(task.future)
         self._worker.add(task)
         return request_id
@@ -148,7 +158,7 @@ class TinkerService:
         """Submit work of a training run; see `Run.admit`."""
         run = self._runs.get(model_id)
         self.check_session(model_id.split(":")[0])
-        request_id = run.admit(seq_id, content, lambda: self._submit(Call(work)))
+        request_id = run.admit(seq_id, content, lambda: self._submit(Call(work, len(content))))
         return {"request_id": request_id, "model_id": model_id}
 
     # -- sessions and training runs -----------------------------------------------------------------------------------
@@ -195,7 +205,7 @@ class TinkerService:
                 del self._samplers[sampler]
             return JSONReply({})
 
-        return self.result(self._submit(Call(forget)))
+        return self.result(self._submit_anyway(Call(forget)))
 
     def _create(
         self, session: str, number: int | None, run: Run, content: bytes, work: Callable[[str], Reply]
@@ -213,7 +223,8 @@ class TinkerService:
                 silent = [one for one, heard in self._sessions.items() if time.monotonic() > heard + SILENT]
                 for other in [other for one in silent for other in self._runs.of(one)]:
                     self._runs.forget(other)
-            request_id = self._runs.new(model_id, run, content, lambda: self._submit(Call(lambda: work(model_id))))
+            call = Call(lambda: work(model_id), len(content))
+            request_id = self._runs.new(model_id, run, content, lambda: self._submit(call))
         return {"request_id": request_id, "model_id": model_id}
 
     def check_model(self, name: str | None) -> None:
@@ -264,7 +275,7 @@ class TinkerService:
             self._runs.forget(model_id)
             return JSONReply({"model_id": model_id, "type": "unload_model"})
 
-        return {"request_id": self._submit(Call(unload)), "model_id": model_id}
+        return {"request_id": self._submit_anyway(Call(unload)), "model_id": model_id}
 
     def training_run(self, model_id: str) -> dict[str, JSON]:
         """A training run as Tinker's API describes it, also one of an earlier server with checkpoints.
@@ -488,7 +499,7 @@ class TinkerService:
                 status=404,
             )
         key = sampler or f"{base_model} {path}"
-        request_id = self._submit(SampleTask(request, key, lambda: self._sampled(source, key)))
+        request_id = self._submit(SampleTask(request, len(fields.content), key, lambda: self._sampled(source, key)))
         ids: list[JSON] = [f"{request_id}:{index}" for index in range(len(request.seeds))]
         return {"request_id": request_id, "sample_sequence_ids": ids}
 

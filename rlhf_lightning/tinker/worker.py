@@ -12,6 +12,8 @@ from rlhf_lightning.serving.fields import RequestError
 from rlhf_lightning.tinker.replies import Failure, Reply
 
 log = logging.getLogger(__name__)
+MOST_WAITING, MOST_BYTES = 1024, 2**28
+"""Largest number of tasks that may wait, and of bytes of their requests, which take a few times more in memory."""
 
 
 class Task(ABC):
@@ -19,12 +21,13 @@ class Task(ABC):
 
     Attributes:
         future: Becomes the reply.
+        size: Bytes of the request.
         group: Waiting tasks with an equal group are run together; None for a task that runs alone.
     """
 
-    def __init__(self, group: Hashable = None) -> None:
+    def __init__(self, size: int, group: Hashable = None) -> None:
         self.future: Future[Reply] = Future()
-        self.group = group
+        self.size, self.group = size, group
 
     @abstractmethod
     def run(self, tasks: "Sequence[Task]") -> list[Reply]:
@@ -43,6 +46,7 @@ class Call(Task):
 
     Args:
         function: The function.
+        size: Bytes of the request.
 
     Example:
         >>> from rlhf_lightning.tinker.replies import JSONReply
@@ -50,8 +54,8 @@ class Call(Task):
         >>> [reply] = call.run([call])
     """
 
-    def __init__(self, function: Callable[[], Reply]) -> None:
-        super().__init__()
+    def __init__(self, function: Callable[[], Reply], size: int = 0) -> None:
+        super().__init__(size)
         self._function = function
 
     def run(self, tasks: Sequence[Task]) -> list[Reply]:
@@ -84,6 +88,13 @@ class Worker:
             self._stopping = True
             self._changed.notify()
         self._thread.join()
+
+    def check_room(self) -> None:
+        """Raise `RequestError` if too many tasks wait. Tinker's client waits and tries again after status 429."""
+        with self._changed:
+            count, size = len(self._waiting), sum(task.size for task in self._waiting)
+        if count >= MOST_WAITING or size >= MOST_BYTES:
+            raise RequestError(f"{count} requests of {size} bytes are waiting already; try again later", status=429)
 
     def add(self, task: Task) -> None:
         """Let a task wait for its turn.

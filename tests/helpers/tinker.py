@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from email.message import Message
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -16,11 +17,11 @@ from tests.helpers.web import running
 
 
 class Refused(Exception):
-    """A call that the server refuses, with the status and the message."""
+    """A call that the server refuses, with the status, the message and the headers."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, headers: Message) -> None:
         super().__init__(message)
-        self.status = status
+        self.status, self.headers = status, headers
 
 
 class Asked:
@@ -39,7 +40,7 @@ class Asked:
             with urlopen(request, timeout=60) as reply:
                 content = reply.read()
         except HTTPError as error:
-            raise Refused(error.code, str(json.loads(error.read()).get("detail"))) from None
+            raise Refused(error.code, str(json.loads(error.read()).get("detail")), error.headers) from None
         return json.loads(content) if content[:1] in (b"{", b"") and content else content
 
     def post(self, call: str, /, **fields: Any) -> Any:

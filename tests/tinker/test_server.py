@@ -6,6 +6,7 @@ import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import peft
@@ -17,7 +18,7 @@ from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.files import scratch_of
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.token_sampling import SamplingParams
-from rlhf_lightning.tinker import results, server, service
+from rlhf_lightning.tinker import results, server, service, worker
 from rlhf_lightning.tinker.checkpoints import Address
 from rlhf_lightning.tinker.replies import JSONReply
 from rlhf_lightning.tinker.results import Results
@@ -543,6 +544,37 @@ def test_error_of_the_server(asked: Asked, run: str, monkeypatch: pytest.MonkeyP
     assert failed == {"error": "the server failed; its log has the reason", "category": "server"}
     assert "inside" in caplog.text
     assert asked.sample(PROMPT, base_model="tiny")["sequences"]
+
+
+@pytest.mark.parametrize("limit", ["MOST_WAITING", "MOST_BYTES"])
+def test_requests_beyond_the_queue_are_refused(
+    asked: Asked, number: int, limit: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a status after which the client tries again; a refused request changes nothing."""
+    run, other, free = asked.model(number), asked.model(number + 600), Event()
+
+    def wait() -> JSONReply:
+        free.wait(20)
+        return JSONReply({})
+
+    given = {"model_id": run, "seq_id": 1, "forward_backward_input": {"data": [ROW], "loss_fn": "cross_entropy"}}
+    new = {"session_id": asked.session, "base_model": "tiny", "model_seq_id": number + 700, "lora_config": {"rank": 4}}
+    sampled = {"base_model": "tiny", "prompt": model_input(PROMPT), "sampling_params": {"max_tokens": 1}}
+    with monkeypatch.context() as patch:
+        patch.setattr(worker, limit, 1)
+        try:
+            for _ in range(2):  # one that is computed, and one that waits
+                asked.service._submit_anyway(Call(wait, size=1))
+            for call, fields in (("forward_backward", given), ("create_model", new), ("asample", sampled)):
+                with pytest.raises(Refused, match="are waiting already; try again later") as refused:
+                    asked.post(call, **fields)
+                assert (refused.value.status, refused.value.headers["Retry-After"]) == (429, "1")
+            asked.post("unload_model", model_id=other)
+        finally:
+            free.set()
+    assert "loss:sum" in asked.done("forward_backward", **given)["metrics"]
+    for one in (run, asked.done("create_model", **new)["model_id"]):
+        asked.done("unload_model", model_id=one)
 
 
 def test_result_that_is_not_there_yet(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
