@@ -135,18 +135,18 @@ class SampleReply(Reply):
         """A `SampleResponse`."""
         found = self._result
         tops: Sequence[Top | None] = found.top_samples or [None] * len(found.completions)
-        sequences = b""
+        fields = []
         for one, top in zip(found.completions, tops, strict=True):
             sequence = write(1, LENGTH) if one.stop_reason == "length" else b""
             sequence += write(2, as_bytes(torch.tensor(one.ids, dtype=torch.int32)))
             sequence += write(3, as_bytes(torch.tensor(one.logprobs, dtype=torch.float32)))
-            sequences += write(1, sequence + (b"" if top is None else write(4, _table(top, 0))))
+            fields.append(write(1, sequence + (b"" if top is None else write(4, _table(top, 0)))))
         if found.prompt_logprobs is not None:
             values = [math.nan] * self._unscored + found.prompt_logprobs
-            sequences += write(2, as_bytes(torch.tensor(values, dtype=torch.float32)))
+            fields.append(write(2, as_bytes(torch.tensor(values, dtype=torch.float32))))
         if found.top_prompt is not None:
-            sequences += write(3, _table(found.top_prompt, self._unscored))
-        return sequences
+            fields.append(write(3, _table(found.top_prompt, self._unscored)))
+        return b"".join(fields)
 
 
 def _pairs(top: Top) -> list[JSON]:

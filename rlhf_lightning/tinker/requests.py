@@ -20,6 +20,9 @@ SAMPLES = 1024
 """Largest number of samples of a prompt in a request."""
 TOP = 128
 """Largest number of most likely tokens that a request may ask for at each position."""
+LOGPROBS = 2**23
+"""Largest number of log-probabilities in a reply: those of samples and of scored positions of the prompt, with those of
+the most likely tokens. Each takes 12 bytes, up to 30 while protobuf is written, and about 210 while JSON is written."""
 DATUMS = 4096
 """Largest number of datums of a request."""
 STOPS = 64
@@ -439,6 +442,13 @@ def sample_request(fields: Fields, limits: Limits, stop_token_ids: tuple[int, ..
     first = secrets.randbelow(SEEDS) if seed is None else seed
     seeds = tuple((first + 1_000_003 * i) % SEEDS for i in range(samples))
     scored = min(last, len(prompt) - 1) if wants_logprobs else None
+    most_logprobs = samples * params.max_tokens * (1 + top_samples) + (scored or 0) * (1 + top_prompt)
+    if most_logprobs > LOGPROBS:
+        raise RequestError(
+            f"the reply could have {most_logprobs} log-probabilities (num_samples is {samples}, "
+            f"sampling_params.max_tokens {params.max_tokens}, topk_sample_logprobs {top_samples}, topk_prompt_logprobs "
+            f"{top_prompt}), but this server sends up to {LOGPROBS}; lower one of them, or send several requests"
+        )
     return SampleRequest(tuple(prompt), params, seeds, scored, top_prompt, top_samples)
 
 

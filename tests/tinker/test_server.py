@@ -369,11 +369,13 @@ def test_damaged_checkpoint(asked: Asked, run: str) -> None:
         ({"params": {"stop": [1, "a"]}}, "sampling_params.stop is"),
         ({"params": {"min_p": 0.1}}, "sampling_params.min_p is not supported"),
         ({"num_samples": 0}, "num_samples is 0"),
+        ({"num_samples": 1024, "topk_sample_logprobs": 100, "params": {"max_tokens": 200}},
+         "the reply could have 20684800 log-probabilities (num_samples is 1024, sampling_params.max_tokens 200"),
         ({"prompt_alt_tokens_k": 2}, "prompt_alt_tokens_k and target_prompt_logprobs are not supported"),
         ({"base_model": "other"}, "base_model is 'other'; this server has 'tiny'"),
         ({"sampling_session_id": "x"}, "the sampling session 'x' is unknown"),
     ],
-)
+)  # fmt: skip
 def test_refused_samples(asked: Asked, fields: dict[str, Any], message: str) -> None:
     given = {"base_model": "tiny", **fields}
     with pytest.raises(Refused, match=re.escape(message)) as refused:
