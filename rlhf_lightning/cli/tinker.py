@@ -29,7 +29,7 @@ def run(args: list[str]) -> int:
     _check(options)
     try:
         from rlhf_lightning import web
-        from rlhf_lightning.serving.shutdown import ApiHttpServer, Shutdown, ended_by_signals
+        from rlhf_lightning.serving.shutdown import ApiHttpServer, ended_by_signals
         from rlhf_lightning.tinker.server import TinkerServer
     except ModuleNotFoundError as error:
         raise missing_package(error, "rlhf tinker", "serve") from None
@@ -37,7 +37,8 @@ def run(args: list[str]) -> int:
     with ExitStack() as opened:
         place = opened.enter_context(web.bound(options.host, options.port))
         service = _load(options)
-        server = ApiHttpServer(web.server_config(TinkerServer(service, access).app()), Shutdown())
+        api = TinkerServer(service, access)
+        server = ApiHttpServer(web.server_config(api.app()), api.shutdown)
         opened.enter_context(ended_by_signals(server))
         service.start()
         opened.callback(service.stop)

@@ -1,6 +1,6 @@
 """How `rlhf serve` and `rlhf tinker` end: running requests have some time to finish.
 
-Then those of `rlhf serve` get an error in OpenAI's form.
+Then each gets an error in the form of its API.
 """
 
 import asyncio

@@ -4,7 +4,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.applications import Starlette
@@ -17,7 +16,8 @@ from starlette.routing import Route
 from rlhf_lightning.serving.fields import RequestError, json_of
 from rlhf_lightning.serving.replies import json_response
 from rlhf_lightning.serving.server import BODY, HEADERS
-from rlhf_lightning.tinker.replies import Reply
+from rlhf_lightning.serving.shutdown import Shutdown
+from rlhf_lightning.tinker.replies import Failure, Reply
 from rlhf_lightning.tinker.requests import forward_backward_of_json, forward_backward_of_message
 from rlhf_lightning.tinker.service import Body, TinkerService
 from rlhf_lightning.types import JSON
@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 TRAINING_BODY = 16 * 2**20
 """Largest body of `forward_backward` in bytes. The client splits larger requests as `CLIENT_CONFIG` says."""
 POLL = 3.0
-"""Seconds for which a request for a result waits until it is there; the client asks again after them. At Ctrl-C,
-requests have 5 s to end."""
+"""Seconds for which a request for a result waits until it is there; the client asks again after them."""
+ENDED = Failure("the server was stopped before this request was done; start it again, and load a checkpoint", "server")
 PROTOBUF = "application/x-protobuf"
 CLIENT_CONFIG: dict[str, JSON] = {
     "pjwt_auth_enabled": False,
@@ -52,6 +52,7 @@ class TinkerServer:
     Args:
         service: What computes.
         access: Who may use the server.
+        shutdown: How requests end when the server does.
 
     Example:
         >>> app = TinkerServer(service).app()  # doctest: +SKIP
@@ -59,6 +60,7 @@ class TinkerServer:
 
     service: TinkerService
     access: Access = field(default_factory=Access)
+    shutdown: Shutdown = field(default_factory=Shutdown)
 
     def app(self) -> Starlette:
         """The application."""
@@ -164,21 +166,32 @@ class TinkerServer:
         body.flag("allow_metadata_only")
         body.text("model_id")
         body.finish()
-        future = self.service.result(request_id)
-        try:
-            reply = await _wait(future)
-        except TimeoutError:
+        reply = await self._reply(self.service.result(request_id))
+        if reply is None:
             # The client takes status 408 as: ask again.
             return json_response({"type": "try_again", "request_id": request_id, "queue_state": "active"}, 408)
         self.service.result(request_id)
         message = reply.message() if PROTOBUF in request.headers.get("accept", "") else None
         return json_response(reply.json()) if message is None else Response(message, media_type=PROTOBUF)
 
+    async def _reply(self, future: Future[Reply]) -> Reply | None:
+        """The result of a request, or None if it is not there after `POLL` seconds.
+
+        During a shutdown no client can ask again, so requests wait until they are done or the shutdown is over.
+        """
+        done, over = asyncio.wrap_future(future), asyncio.ensure_future(self.shutdown.over.wait())
+        await asyncio.wait((done,), timeout=POLL)
+        if self.shutdown.begun.is_set():
+            await asyncio.wait((done, over), return_when=asyncio.FIRST_COMPLETED)
+        over.cancel()
+        if done.done():
+            return done.result()
+        return ENDED if self.shutdown.begun.is_set() else None
+
     async def _finish(self, request: Request) -> Response:
         await self._body(request, BODY)  # says why, which is not kept
-        ended = self.service.finish_session(request.path_params["session"])
-        with suppress(TimeoutError):  # they end later, behind requests that still wait
-            await _wait(ended)
+        # If requests still wait, the runs end later.
+        await self._reply(self.service.finish_session(request.path_params["session"]))
         return Response(status_code=204)
 
     async def _sampler(self, request: Request) -> Response:
@@ -198,11 +211,6 @@ class TinkerServer:
         self._authorize(request)
         self.service.delete_checkpoint(request.path_params["run"], request.path_params["checkpoint"])
         return Response(status_code=204)
-
-
-async def _wait(future: Future[Reply]) -> Reply:
-    """The result of a future; raises `TimeoutError` after `POLL` seconds."""
-    return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(future)), POLL)
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------

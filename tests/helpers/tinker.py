@@ -10,10 +10,11 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from rlhf_lightning.models.language_model import LanguageModel
+from rlhf_lightning.serving.shutdown import ApiHttpServer, Shutdown
 from rlhf_lightning.tinker.server import TinkerServer
 from rlhf_lightning.tinker.service import TinkerService
-from rlhf_lightning.web import Access
-from tests.helpers.web import running
+from rlhf_lightning.web import Access, server_config
+from tests.helpers.web import started
 
 
 class Refused(Exception):
@@ -27,8 +28,8 @@ class Refused(Exception):
 class Asked:
     """Calls of a server, as Tinker's client sends them in JSON's form."""
 
-    def __init__(self, url: str, service: TinkerService, key: str = "tml-local") -> None:
-        self.url, self.service, self.key = url, service, key
+    def __init__(self, url: str, service: TinkerService, http: ApiHttpServer, key: str) -> None:
+        self.url, self.service, self.http, self.key = url, service, http, key
         self.session = ""
 
     def send(self, path: str, data: bytes | None = None, method: str | None = None, **headers: str) -> Any:
@@ -94,13 +95,21 @@ def datum(ids: list[int], **inputs: list[Any]) -> dict[str, Any]:
 
 @contextmanager
 def asking(
-    base: str, folder: Path, access: Access | None = None, key: str = "tml-local", name: str = "tiny", **options: int
+    base: str,
+    folder: Path,
+    access: Access | None = None,
+    key: str = "tml-local",
+    name: str = "tiny",
+    grace: float = 5,
+    **options: int,
 ) -> Iterator[Asked]:
     """Serve a model in a thread."""
     service = TinkerService(LanguageModel(base), name, folder, **options)
     service.start()
     try:
-        with running(TinkerServer(service, access or Access()).app()) as url:
-            yield Asked(url, service, key)
+        api = TinkerServer(service, access or Access(), Shutdown(grace))
+        http = ApiHttpServer(server_config(api.app()), api.shutdown)
+        with started(http) as url:
+            yield Asked(url, service, http, key)
     finally:
         service.stop()

@@ -594,6 +594,35 @@ def test_result_that_is_not_there_yet(asked: Asked, monkeypatch: pytest.MonkeyPa
     assert asked.result(request_id) == {"done": True} == asked.result(request_id)
 
 
+@pytest.mark.parametrize("in_time", [True, False])
+def test_waiting_requests_get_an_answer_at_a_shutdown(
+    folder: str, tmp_path: Path, in_time: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their results if the server computes them in time, otherwise an error; the client cannot ask again."""
+    monkeypatch.setattr(server, "POLL", 0.3)
+    free = Event()
+
+    def wait() -> JSONReply:
+        free.wait(20)
+        return JSONReply({"done": True})
+
+    grace = 20 if in_time else 0.6
+    with asking(folder, tmp_path, grace=grace) as asked, ThreadPoolExecutor() as clients:
+        names = [asked.service._submit(Call(wait)) for _ in range(2)]
+        found = [clients.submit(asked.result, name) for name in names]
+        while len(asked.http.server_state.tasks) < 2:
+            time.sleep(0.01)
+        asked.http.should_exit = True
+        try:
+            if in_time:
+                time.sleep(0.5)  # longer than one poll
+                free.set()
+            wanted = {"done": True} if in_time else server.ENDED.json()
+            assert [one.result(10) for one in found] == [wanted] * 2
+        finally:
+            free.set()
+
+
 def test_results_are_dropped() -> None:
     """Those that were retrieved after minutes, others after an hour, those that are computed never."""
     now = [0.0]
