@@ -169,7 +169,7 @@ def main(args: list[str] | None = None) -> None:
     done = all(measure(axis, report, given, end) for axis in given.axes)
     print("\n\n".join(table(axis, report) for axis in given.axes))
     draw(report, given.out.with_name("plots") / "sizes.svg")
-    print("" if done else "\nThe hours are over; the same command goes on.")
+    print("" if done else "\nThe time limit is reached; the same command continues.")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".toml": "toml", ".json": "json",
 LINK = re.compile(r"(?<=\]\()([^)\s]+)(?=\))")
 
 PACKAGE = "rlhf_lightning"
-ROOMS = {
+PARTS = {
     "modules": "Modules",
     "data": "Data",
     "types": "Records",
@@ -41,21 +41,21 @@ ROOMS = {
     "checkpointing": "Checkpointing",
     "pipeline": "Pipeline",
 }
-"""The pages of the API reference and their titles; a room without public names has none."""
+"""The pages of the API reference and their titles; a subpackage without public names has none."""
 
 
 def on_config(config: Any) -> Any:
     """Put the pages of the API reference into the navigation."""
-    config.nav.append({"API reference": [{ROOMS[room]: reference(room)} for room in public_names()]})
+    config.nav.append({"API reference": [{PARTS[part]: reference(part)} for part in public_names()]})
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add the API reference, and every file outside docs/ that pages link to, directly or through such files."""
-    for room, names in public_names().items():
+    for part, names in public_names().items():
         entries = "\n\n".join(f"::: {path}\n    options:\n      heading: {heading}" for path, heading in names)
-        text = f"# {ROOMS[room]}\n\nThe names of this room that users write.\n\n{entries}\n"
-        files.append(File.generated(config, reference(room), content=text))
+        text = f"# {PARTS[part]}\n\nThe public names of this part of the package.\n\n{entries}\n"
+        files.append(File.generated(config, reference(part), content=text))
     waiting = [ROOT / "docs" / page.src_uri for page in files.documentation_pages() if page.generated_by is None]
     while waiting:
         page = waiting.pop()
@@ -83,14 +83,14 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
     return relinked(markdown, moved)
 
 
-def reference(room: str) -> str:
+def reference(part: str) -> str:
     """Path of a page of the API reference."""
-    return f"reference/{room}.md"
+    return f"reference/{part}.md"
 
 
 @cache
 def public_names() -> dict[str, list[tuple[str, str]]]:
-    """For each room the names that users write, as (path of the definition, shortest path to import it from).
+    """For each subpackage the names that users write, as (path of the definition, shortest path to import it from).
 
     These are what packages export, what the pages and configs name, and what the examples import. Nothing is imported:
     the sources are parsed.
@@ -114,10 +114,10 @@ def public_names() -> dict[str, list[tuple[str, str]]]:
         if definition := defined(path):
             shortest.setdefault(definition, path)
     shortest |= {f"{module}.{name}": f"{PACKAGE}.{name}" for name, module in constant("_PUBLIC").items()}
-    rooms: dict[str, list[tuple[str, str]]] = {room: [] for room in ROOMS}
+    parts: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
     for path, heading in sorted(shortest.items()):
-        rooms.get(path.split(".")[1], []).append((path, heading))
-    return {room: names for room, names in rooms.items() if names}
+        parts.get(path.split(".")[1], []).append((path, heading))
+    return {part: names for part, names in parts.items() if names}
 
 
 @cache

@@ -289,9 +289,10 @@ def test_every_link_has_a_target(page: Path) -> None:
             assert anchor in slugs, f"{page.name}: {link}"
 
 
-def test_index_lists_every_page() -> None:
-    index = (DOCS / "README.md").read_text()
-    assert [page.name for page in DOCS.glob("*.md") if page.name != "README.md" and f"({page.name})" not in index] == []
+def test_index_and_site_list_every_page() -> None:
+    index, site = (DOCS / "README.md").read_text(), (ROOT / "mkdocs.yml").read_text()
+    pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
+    assert {name for name in pages if f"({name})" not in index or f"- {name}\n" not in site} == set()
 
 
 # -- coming from elsewhere --------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The order of the rooms: imports go one way, and heavy packages are imported only when needed."""
+"""The order of the subpackages: imports go one way, and heavy packages are imported only when needed."""
 
 import ast
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "rlhf_lightning"
 TESTS = ROOT / "tests"
-ROOMS = [
+LAYERS = [
     {"cli", "quickstart"},
     {"tinker"},
     {"callbacks", "labeling", "serving"},
@@ -30,7 +30,7 @@ ROOMS = [
     {"files", "imports", "objectives", "sys_exit"},
     {"errors", "settings", "types"},
 ]
-"""A room imports itself and the lines below its own; on one line, only `cli` imports `quickstart`."""
+"""A subpackage imports itself and the lines below its own; on one line, only `cli` imports `quickstart`."""
 MODULES = {
     ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__"): path
     for path in PACKAGE.rglob("*.py")
@@ -50,15 +50,15 @@ def imports(path: Path) -> frozenset[str]:
     return frozenset(found & MODULES.keys())
 
 
-def room(module: str) -> str:
+def subpackage(module: str) -> str:
     return [*module.split("."), ""][1]
 
 
-@pytest.mark.parametrize("module", sorted(module for module in MODULES if room(module) not in ("", "__main__")))
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if subpackage(module) not in ("", "__main__")))
 def test_subpackage_imports_only_lower_layers(module: str) -> None:
-    level = {name: number for number, line in enumerate(ROOMS) for name in line}
+    level = {name: number for number, line in enumerate(LAYERS) for name in line}
     for other in imports(MODULES[module]) - {"rlhf_lightning"}:
-        here, there = room(module), room(other)
+        here, there = subpackage(module), subpackage(other)
         allowed = here == there or level[there] > level[here] or (here, there) == ("cli", "quickstart")
         assert allowed, f"{module} imports {other}"
 
@@ -130,4 +130,4 @@ def test_test_files_import_only_helpers() -> None:
 
 def test_test_folders_mirror_the_package() -> None:
     folders = {path.relative_to(TESTS).parts[0] for path in TESTS.rglob("*.py") if path.parent != TESTS}
-    assert folders - set().union(*ROOMS) == {"helpers"}
+    assert folders - set().union(*LAYERS) == {"helpers"}

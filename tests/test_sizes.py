@@ -105,7 +105,7 @@ def test_finished_cells_are_skipped(tmp_path: Path, monkeypatch: Any, capsys: An
     FakeSide.asked = []
     sizes.main([*run, "--hours", "0"])
     assert FakeSide.asked == []
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command continues" in capsys.readouterr().out
     sizes.main(run)
     first = json.loads(out.read_text())
     assert len(first["cells"]) == 4

@@ -143,7 +143,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
         help="write the rows that rules leave, and those that they remove",
         description="Write the rows of files that are kept (rows.jsonl), those that are removed with what matched "
         "(removed.jsonl), and the counts (summary.json). The same command again does nothing if the folder has the "
-        "result of the same files and rules, and begins anew after an interruption.",
+        "result of the same files and rules, and starts over after an interruption.",
         epilog="example: rlhf filter apply rules.yaml chats.jsonl more.jsonl --output clean",
     )
     apply.add_argument("rules", help="file of rules, see docs/safety-filter.md")

@@ -286,7 +286,7 @@ def _parse(args: list[str]) -> argparse.Namespace:
     parser = Parser(
         prog="rlhf label",
         description="Serve a web page on which people compare two answers to a prompt, blind and in random order, and\n"
-        "write their choices as pairs for rlhf preference. Ctrl-C ends; the same command goes on.",
+        "write their choices as pairs for rlhf preference. Ctrl-C ends; the same command continues.",
         epilog="example: rlhf label --model runs/sft/model --prompts prompts.jsonl --out pairs.jsonl\n"
         "         rlhf label --responses answers.jsonl --out pairs.jsonl --annotators Ann,Ben --overlap 20\n"
         "         rlhf label --report pairs.jsonl",

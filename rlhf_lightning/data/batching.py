@@ -70,7 +70,7 @@ class ShardSpec:
 class MixedOrder:
     """The order of the examples of a mixture in memory.
 
-    In every epoch, and each time that a source starts over, the examples of a source are shuffled anew.
+    In every epoch, and each time that a source starts over, the examples of a source are shuffled again.
 
     Args:
         mixture: The sources and their weights.

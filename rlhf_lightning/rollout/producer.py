@@ -62,7 +62,7 @@ class ProducerState(TypedDict):
 class RolloutProducer:
     """Samples rounds in a thread, up to `max_staleness` rounds ahead of training.
 
-    Rounds are sampled one at a time, in their order, each with the newest weights at hand. Round r may be sampled with
+    Rounds are sampled one at a time, in their order, each with the newest weights that were passed on. Round r may be sampled with
     the weights from the start of round r - `max_staleness` or later. The thread only samples and steps environments;
     rewards, advantages and everything that involves other ranks or the trained model run in the main thread.
 
