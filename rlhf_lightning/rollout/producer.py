@@ -62,9 +62,10 @@ class ProducerState(TypedDict):
 class RolloutProducer:
     """Samples rounds in a thread, up to `max_staleness` rounds ahead of training.
 
-    Rounds are sampled one at a time, in their order, each with the newest weights that were passed on. Round r may be sampled with
-    the weights from the start of round r - `max_staleness` or later. The thread only samples and steps environments;
-    rewards, advantages and everything that involves other ranks or the trained model run in the main thread.
+    Rounds are sampled one at a time, in their order, each with the newest weights that were passed on. Round r may be
+    sampled with the weights from the start of round r - `max_staleness` or later. The thread only samples and steps
+    environments; rewards, advantages and everything that involves other ranks or the trained model run in the main
+    thread.
 
     The thread lives for one epoch: the first round of an epoch is sampled with the current weights.
 
@@ -312,7 +313,7 @@ class _Thread:
         return index - version <= self.producer.max_staleness
 
     def _newest(self) -> int | None:
-        """Version of the newest weights at hand."""
+        """Version of the newest weights that were passed on."""
         if self.keeps:
             return self.version
         if self.at_rest is not None:
