@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -110,6 +111,8 @@ class CheckpointStore:
 
     def __init__(self, root: Path, loaded: LanguageModel) -> None:
         self.root, self._loaded = root, loaded
+        self._changing = threading.RLock()
+        """Held while a checkpoint is replaced, deleted or described, which different threads do."""
 
     def folder(self, address: Address) -> Path:
         """The folder of a checkpoint, which may not exist.
@@ -150,8 +153,9 @@ class CheckpointStore:
         if optimizer is not None:
             save_file({name: value.detach().cpu() for name, value in optimizer.items()}, scratch / OPTIMIZER)
         write_json(scratch / RECORD, asdict(record))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(scratch, folder)
+        with self._changing:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(scratch, folder)
 
     def record(self, address: Address) -> Record:
         """What is known about a checkpoint.
@@ -163,12 +167,13 @@ class CheckpointStore:
             RequestError: If it does not exist or is damaged.
         """
         path = self.folder(address) / RECORD
-        if not path.is_file():
-            raise RequestError(f"there is no checkpoint {address} in this server's folder", "path", status=404)
-        try:
-            return _record(read_object(path))
-        except (ConfigError, KeyError, TypeError, ValueError) as error:
-            raise RequestError(f"{RECORD} of {address} is damaged: {first_line(error)}", "path") from None
+        with self._changing:
+            if not path.is_file():
+                raise RequestError(f"there is no checkpoint {address} in this server's folder", "path", status=404)
+            try:
+                return _record(read_object(path))
+            except (ConfigError, KeyError, TypeError, ValueError) as error:
+                raise RequestError(f"{RECORD} of {address} is damaged: {first_line(error)}", "path") from None
 
     def weights(self, address: Address, adapted: AdaptedModel) -> Weights:
         """The weights of a checkpoint, by their names in a model.
@@ -219,12 +224,13 @@ class CheckpointStore:
             run: Id of the run.
         """
         found = []
-        for kind in TYPES:
-            for path in self._run(run).glob(f"{kind}/[!.]*/{RECORD}"):
-                address = Address(run, kind, path.parent.name)
-                found.append((self.record(address), address))
-        found.sort(key=lambda pair: pair[0].created)
-        return [self.describe(address, record) for record, address in found]
+        with self._changing:
+            for kind in TYPES:
+                for path in self._run(run).glob(f"{kind}/[!.]*/{RECORD}"):
+                    address = Address(run, kind, path.parent.name)
+                    found.append((self.record(address), address))
+            found.sort(key=lambda pair: pair[0].created)
+            return [self.describe(address, record) for record, address in found]
 
     def describe(self, address: Address, record: Record) -> dict[str, JSON]:
         """A checkpoint as Tinker's API describes it.
@@ -253,8 +259,9 @@ class CheckpointStore:
         Raises:
             RequestError: If it does not exist.
         """
-        self.record(address)
-        shutil.rmtree(self.folder(address))
+        with self._changing:
+            self.record(address)
+            shutil.rmtree(self.folder(address))
 
 
 def _record(values: dict[str, JSON]) -> Record:

@@ -34,6 +34,8 @@ from rlhf_lightning.types import JSON
 
 SILENT = 300.0
 """Seconds without a sign of a client, which sends one every 10 s, after which its training runs may be forgotten."""
+GONE = 3600.0
+"""Seconds without a sign of a client after which its session is forgotten, if it has no training run."""
 UNLIMITED = 2**17
 """Largest number of tokens of a row, for models without a limit."""
 
@@ -164,10 +166,19 @@ class TinkerService:
     # -- sessions and training runs -----------------------------------------------------------------------------------
 
     def create_session(self) -> str:
-        """Begin a session of a client; returns its id."""
+        """Begin a session of a client; returns its id. Sessions without training runs whose clients are gone end."""
+        gone = {one for one in self._silent(GONE) if not self._runs.of(one)}
+        for one in gone:
+            del self._sessions[one]
+        for sampler in [one for one in list(self._samplers) if one.split(":")[0] in gone]:
+            del self._samplers[sampler]
         session = secrets.token_hex(8)
         self._sessions[session] = time.monotonic()
         return session
+
+    def _silent(self, seconds: float) -> list[str]:
+        """Sessions whose clients have given no sign for some seconds."""
+        return [one for one, heard in self._sessions.items() if time.monotonic() > heard + seconds]
 
     def check_session(self, session: str | None) -> str:
         """Return the id of a session, and note that its client is still there.
@@ -220,8 +231,7 @@ class TinkerService:
         request_id = self._runs.created(model_id, content)
         if request_id is None:
             if self._runs.full:
-                silent = [one for one, heard in self._sessions.items() if time.monotonic() > heard + SILENT]
-                for other in [other for one in silent for other in self._runs.of(one)]:
+                for other in [other for one in self._silent(SILENT) for other in self._runs.of(one)]:
                     self._runs.forget(other)
             call = Call(lambda: work(model_id), len(content))
             request_id = self._runs.new(model_id, run, content, lambda: self._submit(call))

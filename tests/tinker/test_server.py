@@ -1,6 +1,7 @@
 """The server with Tinker's API, asked in JSON's form; `test_client.py` asks with Tinker's own client."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -23,6 +24,7 @@ from rlhf_lightning.tinker.checkpoints import Address
 from rlhf_lightning.tinker.replies import JSONReply
 from rlhf_lightning.tinker.results import Results
 from rlhf_lightning.tinker.runs import SNAPSHOTS
+from rlhf_lightning.tinker.service import Body
 from rlhf_lightning.tinker.worker import Call
 from rlhf_lightning.web import Access
 from tests.helpers.tinker import Asked, Refused, asking, datum, model_input
@@ -318,6 +320,26 @@ def test_names_of_checkpoints(asked: Asked, run: str) -> None:
         asked.post("load_weights", model_id=run, path=f"tinker://{run}/weights/same", optimizer=False)
 
 
+def test_listing_while_a_checkpoint_is_replaced(asked: Asked, run: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The old folder is deleted before the new one has its name; nobody sees the gap."""
+    asked.done("save_weights", model_id=run, path="last")
+    replace, found = os.replace, []
+    with ThreadPoolExecutor() as threads:
+
+        def replaced(source: Any, target: Any) -> None:
+            if Path(target).name == "last":
+                found.append(threads.submit(asked.service.list_checkpoints, run))
+                found.append(threads.submit(asked.service.weights_info, Body({"tinker_path": path}, b"")))
+                time.sleep(0.1)
+            replace(source, target)
+
+        path = f"tinker://{run}/weights/last"
+        monkeypatch.setattr(os, "replace", replaced)
+        asked.done("save_weights", model_id=run, path="last", overwrite=True)
+        assert [one["tinker_path"] for one in found[0].result(10)] == [path]
+        assert found[1].result(10)["lora_rank"] == 4
+
+
 @pytest.mark.parametrize(
     "name", ["../../x", "..", "/etc/passwd", ".hidden", "a/b", "", "a\\..\\b", "a\n", "x" * 101, "é"]
 )
@@ -515,6 +537,23 @@ def test_runs_end_with_their_session(folder: str, tmp_path: Path, monkeypatch: p
         assert asked.model(0) != second
         with pytest.raises(Refused, match="is unknown, or was unloaded"):
             asked.train(second, [ROW])
+
+
+def test_sessions_end_when_their_clients_are_gone(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless they have training runs; with their sampling sessions."""
+    with asking(folder, tmp_path) as asked:
+        run = asked.model(0)
+        busy, idle = asked.session, asked.post("create_session")["session_id"]
+        for session in (busy, idle):
+            fields = {"session_id": session, "sampling_session_seq_id": 0, "base_model": "tiny"}
+            asked.post("create_sampling_session", **fields)
+        kept = asked.post("create_session")["session_id"]
+        assert set(asked.service._sessions) == {busy, idle, kept}
+        monkeypatch.setattr(service, "GONE", 0.0)
+        new = asked.post("create_session")["session_id"]
+        assert set(asked.service._sessions) == {busy, new}
+        assert set(asked.service._samplers) == {f"{busy}:sample:0"}
+        assert asked.train(run, [ROW])
 
 
 def test_key_and_host(folder: str, tmp_path: Path) -> None:
