@@ -1,5 +1,7 @@
 """Sampling for a server with the built-in engine: one batch that requests join and leave while it runs."""
 
+from contextlib import ExitStack
+
 from rlhf_lightning.generation.hf_generate import generate
 from rlhf_lightning.generation.local_engine import BatchRow, LocalEngine, SlotBatch
 from rlhf_lightning.serving.threaded import Job, ThreadSampler
@@ -29,13 +31,19 @@ class BatchSampler(ThreadSampler):
     def __init__(self, engine: LocalEngine, max_waiting: int = 64) -> None:
         super().__init__(engine.slots, max_waiting)
         self.engine = engine
+        self._opened = ExitStack()
+        self._in_session = False
 
     def _run(self) -> None:
-        # The weights of a server do not change, so a session copies them once for all requests.
-        with self.engine.session():
+        with self._opened:
             super()._run()
 
     def _sample(self, job: Job) -> None:
+        if not self._in_session:
+            # The weights of a server do not change, so a session copies them once for all requests. It begins with the
+            # first of them, and not with the thread, so that a request gets the error if it cannot begin.
+            self._opened.enter_context(self.engine.session())
+            self._in_session = True
         with self.engine.decoding(job.row.limit) as in_slots:
             if in_slots:
                 self._run_batch(job, SlotBatch(self.engine, eager=True))

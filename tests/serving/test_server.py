@@ -495,6 +495,21 @@ def test_failures_of_the_engine(policy: Policy, monkeypatch: pytest.MonkeyPatch)
         assert chat(asked, max_tokens=4).choices
 
 
+def test_session_that_cannot_begin(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request gets an error, and the next one tries again."""
+    session = LocalEngine.session
+
+    def fails(self: LocalEngine) -> Any:
+        monkeypatch.setattr(LocalEngine, "session", session)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(LocalEngine, "session", fails)
+    with serving(policy) as served, client(served.url) as asked:
+        with pytest.raises(openai.InternalServerError, match="the server's log has the reason"):
+            chat(asked, max_tokens=4)
+        assert chat(asked, max_tokens=4).choices
+
+
 def test_model_with_its_own_generate(session_tokenizer: Any, tmp_path: Path) -> None:
     build_model(session_tokenizer, architecture="bloom").save_pretrained(tmp_path)
     session_tokenizer.save_pretrained(tmp_path)
