@@ -128,14 +128,17 @@ def linear_line(found: dict[str, Any]) -> str:
 
 
 def where(found: dict[str, Any]) -> str:
-    """Machine and versions, once for each that occurs."""
-    lines = {
-        f"{report['settings']['threads']} thread(s) of {report['machine']['cpu']}, {report['date']}, "
-        f"torch {report['machine']['versions'].get('torch')}, transformers "
-        f"{report['machine']['versions'].get('transformers')}, TRL {report['trl']}: {name}"
-        for name, report in found.items()
-    }
-    return "\n".join(f"- {line}" for line in sorted(lines))
+    """Machines and versions, each with its parts."""
+    parts: dict[str, list[str]] = {}
+    for name, report in found.items():
+        threads, machine = report["settings"]["threads"], report["machine"]
+        line = (
+            f"{threads} {'thread' if threads == 1 else 'threads'} of {machine['cpu']}, {report['date']}, "
+            f"torch {machine['versions'].get('torch')}, transformers {machine['versions'].get('transformers')}, "
+            f"TRL {report['trl']}"
+        )
+        parts.setdefault(line, []).append(name)
+    return "\n".join(f"- {line}: {', '.join(parts[line])}" for line in sorted(parts))
 
 
 def render(found: dict[str, Any]) -> str:
