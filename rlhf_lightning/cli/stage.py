@@ -33,7 +33,7 @@ from rlhf_lightning.cli.precision import accept_auto, choose_precision
 from rlhf_lightning.cli.refusals import refusals, unfit_settings
 from rlhf_lightning.cli.user_code import allow_user_code
 from rlhf_lightning.cli.values import check_values
-from rlhf_lightning.data.row_filter import RowFilter
+from rlhf_lightning.data.row_filter import row_filter_of
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_file, is_url, read_record, real_path, visible
 from rlhf_lightning.imports import imported
@@ -378,7 +378,10 @@ class StageCLI(LightningCLI):
             return
         if begins:
             remove(self.root / RECORD)  # left over from a run that was stopped before its first checkpoint
-        check_data_record(self.root, config.data.as_dict(), _row_filter(config.data.get("filter")))
+        data = config.data.as_dict()
+        with unfit_settings():
+            row_filter = row_filter_of(data.get("filter"))
+        check_data_record(self.root, data, row_filter)
 
     def _before(self) -> dict[str, JSON]:
         """Settings of the run in the folder; empty if they are unknown."""
@@ -453,15 +456,6 @@ def _with_recipe(
     for parser in commands.values():
         parser.set_defaults({f"model.{key}": value for key, value in settings.items()})
     return [*args, "--model.recipe", "null"]
-
-
-def _row_filter(chosen: Namespace | None) -> RowFilter | None:
-    """The filter of the data, which is made before the data module to compare it with the record of the run."""
-    if chosen is None:
-        return None
-    with unfit_settings():
-        made: RowFilter = imported(chosen.class_path, "data.filter")(**chosen.get("init_args", Namespace()).as_dict())
-    return made
 
 
 def _callback_classes(callbacks: pl.Callback | Namespace | list[pl.Callback | Namespace] | None) -> list[type]:

@@ -54,8 +54,8 @@ class RowFilter(Settings):
         """
 
 
-def filter_fingerprint(chosen: JSON) -> str | None:
-    """The fingerprint of the filter that a config names; None without one.
+def row_filter_of(chosen: JSON) -> RowFilter | None:
+    """The filter that a config names; None without one.
 
     Args:
         chosen: The value of `data.filter`, with `class_path` and `init_args`.
@@ -73,7 +73,13 @@ def filter_fingerprint(chosen: JSON) -> str | None:
         made: RowFilter = kind(**arguments)
     except TypeError as error:
         raise ConfigError(f"data.filter: init_args do not fit {settings.get('class_path')}: {error}") from error
-    return made.fingerprint()
+    return made
+
+
+def filter_fingerprint(chosen: JSON) -> str | None:
+    """The fingerprint of the filter that a config names, see `row_filter_of`; None without one."""
+    row_filter = row_filter_of(chosen)
+    return None if row_filter is None else row_filter.fingerprint()
 
 
 class FilterTotals(TypedDict):
@@ -141,8 +147,7 @@ class FilterCounts:
 
     def as_json(self) -> dict[str, JSON]:
         """The counts, for records and the model card."""
-        rules: dict[str, JSON] = {**self.rules}
-        return {"rows": self.rows, "marked": self.marked, "dropped": self.dropped, "rules": rules}
+        return {**vars(self), "rules": {**self.rules}}
 
 
 class CountingFilter:
