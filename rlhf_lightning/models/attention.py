@@ -383,9 +383,10 @@ def _is_short(query: Tensor, layout: PackedLayout, softcap: float | None, dropou
 
 
 def _computed_in(query: Tensor) -> torch.dtype:
-    """The data type that attention computes in, under autocast as well."""
+    """The data type that attention computes in, under autocast as well, which leaves float64 as it is."""
     kind = query.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+    mixed = torch.is_autocast_enabled(kind) and query.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if mixed else query.dtype
 
 
 def _fused(

@@ -269,12 +269,14 @@ def _is_known(layer: nn.Module, config: "PretrainedConfig") -> bool:
 def runs(model: nn.Module) -> bool:
     """True if the layers of a model can be fused at present: on a CPU, not sharded, without dropout and hooks.
 
-    A model with hooks runs its own modules, because a hook may read or change what they compute.
+    A model with hooks runs its own modules, because a hook may read or change what they compute. Autocast leaves
+    products of float64 as they are, so a model in float64 runs its own modules, too.
 
     Args:
         model: A model for which `install` returned True.
     """
-    if is_sharded(model) or next(model.parameters()).device.type != "cpu":
+    weight = next(model.parameters())
+    if is_sharded(model) or weight.device.type != "cpu" or weight.dtype == torch.float64:
         return False
     layers, dropout = layers_of(model), base_of(model).config.get_text_config().attention_dropout
     return all(_is_plain(layer) and not (dropout and layer.training) for layer in layers)

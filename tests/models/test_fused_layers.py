@@ -144,6 +144,14 @@ def test_only_autocast_of_plain_models_is_fused(tokenizer: Any) -> None:
     assert not fuses(model_of("qwen3", tokenizer))
 
 
+def test_autocast_leaves_float64(tokenizer: Any) -> None:
+    """As it leaves it in the modules of a model."""
+    model, batch = model_of("llama", tokenizer).double(), rows_of((6, (4, 7)))
+    expected = states_of(forward_of(model), batch).states
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(states_of(forward_of(model), batch).states, expected)
+
+
 @pytest.mark.parametrize("architecture", MODELS)
 def test_fused_layers_are_near_float32(architecture: str, tokenizer: Any) -> None:
     forward = forward_of(adapted(model_of(architecture, tokenizer, **MODELS[architecture])))
