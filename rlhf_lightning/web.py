@@ -213,11 +213,12 @@ def address_of(place: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def server_config(app: Starlette) -> uvicorn.Config:
+def server_config(app: Starlette, connections: int = 256) -> uvicorn.Config:
     """Settings of a web server for an application.
 
     Args:
         app: The application.
+        connections: Largest number of connections; further requests get status 503.
     """
     return uvicorn.Config(
         app,
@@ -229,7 +230,7 @@ def server_config(app: Starlette) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        limit_concurrency=256,
+        limit_concurrency=connections,
         timeout_graceful_shutdown=5,
     )
 

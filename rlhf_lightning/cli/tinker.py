@@ -30,7 +30,7 @@ def run(args: list[str]) -> int:
     try:
         from rlhf_lightning import web
         from rlhf_lightning.serving.shutdown import ApiHttpServer, ended_by_signals
-        from rlhf_lightning.tinker.server import TinkerServer
+        from rlhf_lightning.tinker.server import CONNECTIONS, TinkerServer
     except ModuleNotFoundError as error:
         raise missing_package(error, "rlhf tinker", "serve") from None
     access = access_of(options, TOKEN, PREFIX)
@@ -38,7 +38,7 @@ def run(args: list[str]) -> int:
         place = opened.enter_context(web.bound(options.host, options.port))
         service = _load(options)
         api = TinkerServer(service, access)
-        server = ApiHttpServer(web.server_config(api.app()), api.shutdown)
+        server = ApiHttpServer(web.server_config(api.app(), CONNECTIONS), api.shutdown)
         opened.enter_context(ended_by_signals(server))
         service.start()
         opened.callback(service.stop)

@@ -29,6 +29,8 @@ TRAINING_BODY = 16 * 2**20
 POLL = 3.0
 """Seconds for which a request for a result waits until it is there; the client asks again after them."""
 ENDED = Failure("the server was stopped before this request was done; start it again, and load a checkpoint", "server")
+CONNECTIONS = 768
+"""Largest number of connections. A client has one for each of its samples; processes often may open 1,024 files."""
 PROTOBUF = "application/x-protobuf"
 CLIENT_CONFIG: dict[str, JSON] = {
     "pjwt_auth_enabled": False,

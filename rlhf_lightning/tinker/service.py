@@ -143,9 +143,9 @@ class TinkerService:
         """Let a task wait for its turn; returns the id of the request.
 
         Raises:
-            RequestError: If too many tasks wait.
+            RequestError: If too many tasks of its kind wait.
         """
-        self._worker.check_room()
+        self._worker.check_room(task)
         return self._submit_anyway(task)
 
     def _submit_anyway(self, task: Task) -> str:

@@ -12,8 +12,8 @@ from rlhf_lightning.serving.fields import RequestError
 from rlhf_lightning.tinker.replies import Failure, Reply
 
 log = logging.getLogger(__name__)
-MOST_WAITING, MOST_BYTES = 1024, 2**28
-"""Largest number of tasks that may wait, and of bytes of their requests, which take a few times more in memory."""
+MOST_WAITING, MOST_BYTES = 512, 2**28
+"""Largest number of tasks of a kind that may wait, and of bytes of their requests, which take more in memory."""
 
 
 class Task(ABC):
@@ -89,12 +89,18 @@ class Worker:
             self._changed.notify()
         self._thread.join()
 
-    def check_room(self) -> None:
-        """Raise `RequestError` if too many tasks wait. Tinker's client waits and tries again after status 429."""
+    def check_room(self, task: Task) -> None:
+        """Raise `RequestError` if too many tasks of a task's kind wait; samples do not keep out training.
+
+        Args:
+            task: The task, which is not waiting yet.
+        """
         with self._changed:
-            count, size = len(self._waiting), sum(task.size for task in self._waiting)
-        if count >= MOST_WAITING or size >= MOST_BYTES:
-            raise RequestError(f"{count} requests of {size} bytes are waiting already; try again later", status=429)
+            sizes = [one.size for one in self._waiting if type(one) is type(task)]
+        if len(sizes) >= MOST_WAITING or sum(sizes) >= MOST_BYTES:
+            raise RequestError(
+                f"{len(sizes)} requests of {sum(sizes)} bytes are waiting already; try again later", status=429
+            )
 
     def add(self, task: Task) -> None:
         """Let a task wait for its turn.

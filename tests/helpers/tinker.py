@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 
 from rlhf_lightning.models.language_model import LanguageModel
 from rlhf_lightning.serving.shutdown import ApiHttpServer, Shutdown
-from rlhf_lightning.tinker.server import TinkerServer
+from rlhf_lightning.tinker.server import CONNECTIONS, TinkerServer
 from rlhf_lightning.tinker.service import TinkerService
 from rlhf_lightning.web import Access, server_config
 from tests.helpers.web import started
@@ -108,7 +108,7 @@ def asking(
     service.start()
     try:
         api = TinkerServer(service, access or Access(), Shutdown(grace))
-        http = ApiHttpServer(server_config(api.app()), api.shutdown)
+        http = ApiHttpServer(server_config(api.app(), CONNECTIONS), api.shutdown)
         with started(http) as url:
             yield Asked(url, service, http, key)
     finally:

@@ -606,6 +606,7 @@ def test_requests_beyond_the_queue_are_refused(
         try:
             for _ in range(2):  # one that is computed, and one that waits
                 asked.service._submit_anyway(Call(wait, size=1))
+            asked.post("asample", **sampled)  # requests of another kind do not count
             for call, fields in (("forward_backward", given), ("create_model", new), ("asample", sampled)):
                 with pytest.raises(Refused, match="are waiting already; try again later") as refused:
                     asked.post(call, **fields)
