@@ -472,7 +472,7 @@ class FilterMatch:
     Attributes:
         rule: Name of the rule.
         action: The rule's action, one of `FILTER_ACTIONS`.
-        text: What matched, as it stands in the text; for a classifier or a judge the text itself. Cut off after 200
+        text: The matched part of the text, verbatim; for a classifier or a judge the whole text. Cut off after 200
             characters.
         where: Place of the text in its row, for example `messages[1].content`; empty for a text without a row.
         role: Role of the text; see `filtering.rules.ROLES`.

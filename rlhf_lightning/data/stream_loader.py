@@ -82,7 +82,7 @@ class StreamLoaderState(TypedDict):
 
 
 class Share(NamedTuple):
-    """What the ranks tell each other about an optimizer step."""
+    """What the ranks exchange about an optimizer step."""
 
     error: UserError | None
     examples: int

@@ -60,7 +60,7 @@ class GymnasiumEnv:
         environment: A name that `gymnasium.make` knows (`FrozenLake-v1`), or a class or function with the interface of
             `TextEnvironment`, or its dotted path.
         arguments: Keyword arguments of the environment. One without text observations needs `render_mode: ansi`; text
-            that is highlighted there stands in brackets.
+            that is highlighted there is put in brackets.
         actions: Names of the actions 0, 1, … of an environment with a number of actions. Without names, the policy
             answers with the number.
         pattern: Regular expression that finds the action in a message: its last match, or that match's first group. By

@@ -28,7 +28,7 @@ BUTTONS = (
 
 
 def _open_link(self: RendererProtocol, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
-    """A link that tells the other page nothing and opens beside this one."""
+    """A link that opens in a new tab, without a referrer."""
     href = str(tokens[index].attrs.get("href", ""))
     return str(el("a", href=href, title=href, rel="noopener noreferrer", target="_blank")).removesuffix("</a>")
 

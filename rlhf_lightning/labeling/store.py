@@ -1,6 +1,6 @@
 """The files of a labeling session: comparisons, decisions, and the pairs that people chose.
 
-Beside `pairs.jsonl` stands the folder `pairs.labeling` with three files. `comparisons.jsonl` has every comparison,
+The folder `pairs.labeling` beside `pairs.jsonl` has three files. `comparisons.jsonl` has every comparison,
 `decisions.jsonl` every decision and every undo. Both are only appended to, and each row is on the disk before it is
 confirmed. `session.json` has the settings. `pairs.jsonl` follows from these files: a row is appended with each choice,
 and the file is written again after an undo and at every start.

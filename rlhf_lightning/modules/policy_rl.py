@@ -216,7 +216,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
                 "success rate of their prompt; leave one of the two out (some recipes set resample_groups)"
             )
         if curriculum is not None and not self.rewarded:
-            raise ConfigError("model.curriculum needs a reward to tell success by; set model.rewards, or leave it out")
+            raise ConfigError("model.curriculum needs a reward that measures success; set model.rewards, or leave it out")
         self.prompt_sampler = None if curriculum is None else PromptSampler(curriculum)
         self.value_model: ValueModel | None
         self.register_module("value_model", None)  # so that its parameters come before the policy's
@@ -663,7 +663,7 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
     def _sampled(
         self, prompts: Sequence[Prompt], round_index: int, group_size: int, producer: RolloutProducer | None = None
     ) -> tuple[list[TrainingSample], Sums]:
-        """Collect a round, and tell the curriculum how its prompts went."""
+        """Collect a round, and pass the results of its prompts to the curriculum."""
         samples, sums = self.collector.collect(prompts, round_index, group_size, producer)
         if self.prompt_sampler is not None:
             sums = sums | self.prompt_sampler.observe(self.collector.episodes)
