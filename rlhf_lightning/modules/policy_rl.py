@@ -216,7 +216,9 @@ class PolicyRLModule(RLHFModule[PromptBatch]):
                 "success rate of their prompt; leave one of the two out (some recipes set resample_groups)"
             )
         if curriculum is not None and not self.rewarded:
-            raise ConfigError("model.curriculum needs a reward that measures success; set model.rewards, or leave it out")
+            raise ConfigError(
+                "model.curriculum needs a reward that measures success; set model.rewards, or leave it out"
+            )
         self.prompt_sampler = None if curriculum is None else PromptSampler(curriculum)
         self.value_model: ValueModel | None
         self.register_module("value_model", None)  # so that its parameters come before the policy's
