@@ -13,9 +13,9 @@ from rlhf_lightning.labeling.queue import Assignment, LabelQueue, Shown
 from rlhf_lightning.labeling.store import Choice, LabelStore
 
 ANSWERS = {
-    "Is it raining?": ("Yes, take a coat.", "Weather is a wide field, and rain is a part of it."),
-    "What is 2 + 3?": ("5", "Sums are a wide field, and this is one of them."),
-    "When does the train leave?": ("Trains are a wide field, and they leave.", "At nine."),
+    "Is it raining?": ("Yes, take a coat.", "Weather is a big topic, and rain is a part of it."),
+    "What is 2 + 3?": ("5", "Sums are a big topic, and this is one of them."),
+    "When does the train leave?": ("Trains are a big topic, and they leave.", "At nine."),
     "Where is the key?": ("On the table.", "I do not know."),
 }
 PEOPLE: dict[str, list[Choice]] = {"Ann": ["A", "B", "tie", "A"], "Ben": ["B", "B", "A", "skip"]}

@@ -85,7 +85,7 @@ def main(model: str, folder: str = "runs/examples") -> tuple[pl.Trainer, pl.Trai
         # Two passes over each round's answers: in the second the ratio is no longer 1.
         PromptDataModule(["Count to three.", "Say hello."], prompts_per_round=2, group_size=4, update_epochs=2),
     )
-    pairs = [{"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "Weather is a wide field."}]
+    pairs = [{"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "Weather is a big topic."}]
     dpo = pl.Trainer(max_epochs=1, **flags)
     dpo.fit(PreferenceModule(model, ImplicitReward(beta=0.1), RDPO()), PreferenceDataModule(pairs))
     return policy, dpo

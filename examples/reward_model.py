@@ -15,10 +15,10 @@ from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.types import TokenBatch
 
 ROWS: Any = [
-    {"question": "Is it raining?", "better": "Yes, take a coat.", "worse": "Weather is a wide field."},
-    {"question": "What is 2 + 3?", "better": "5", "worse": "Sums are a wide field."},
-    {"question": "When does the train leave?", "better": "At nine.", "worse": "Trains are a wide field."},
-    {"question": "Where is the key?", "better": "On the table.", "worse": "Keys are a wide field."},
+    {"question": "Is it raining?", "better": "Yes, take a coat.", "worse": "Weather is a big topic."},
+    {"question": "What is 2 + 3?", "better": "5", "worse": "Sums are a big topic."},
+    {"question": "When does the train leave?", "better": "At nine.", "worse": "Trains are a big topic."},
+    {"question": "Where is the key?", "better": "On the table.", "worse": "Keys are a big topic."},
 ]
 
 
@@ -48,7 +48,7 @@ def main(model: str, folder: str = "runs/examples/reward_model") -> tuple[pl.Tra
         DataLoader(ROWS, batch_size=4, collate_fn=pairs),
     )
     module.save_pretrained(Path(folder) / "model")
-    print(module.score(["Is it raining?"] * 2, ["No.", "Rain is a wide field."]))
+    print(module.score(["Is it raining?"] * 2, ["No.", "Rain is a big topic."]))
     return trainer, module
 
 

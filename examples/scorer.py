@@ -60,7 +60,7 @@ class YesNoScores(ModelScorer):
 
 def main(model: str, folder: str = "runs/examples/yes_no") -> Tensor:
     """Train on a pair, and score with the saved model."""
-    pairs = [{"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "Weather is a wide field."}]
+    pairs = [{"prompt": "Is it raining?", "chosen": "Yes, take a coat.", "rejected": "Weather is a big topic."}]
     trainer = pl.Trainer(
         max_epochs=1, default_root_dir=folder, logger=False, enable_checkpointing=False, callbacks=[ExportModel()]
     )
