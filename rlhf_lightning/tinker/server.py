@@ -119,9 +119,16 @@ class TinkerServer:
         """The handler of a call whose request and reply are JSON."""
 
         async def handle(request: Request) -> Response:
-            return json_response(call(await self._body(request, BODY)))
+            body = await self._body(request, BODY)
+            self._check_running()
+            return json_response(call(body))
 
         return handle
+
+    def _check_running(self) -> None:
+        """Raise `RequestError` during a shutdown, after which no client could ask for the result."""
+        if self.shutdown.begun.is_set():
+            raise RequestError("the server is shutting down", status=503)
 
     async def _body(self, request: Request, limit: int) -> Body:
         self._authorize(request)
@@ -159,6 +166,7 @@ class TinkerServer:
             self._authorize(request)
             content = await read_body(request, PROTOBUF, TRAINING_BODY)
             asked = forward_backward_of_message(content, self.service.limits)
+        self._check_running()
         return json_response(self.service.forward_backward(asked, content))
 
     async def _retrieve(self, request: Request) -> Response:

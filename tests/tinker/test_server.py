@@ -638,8 +638,8 @@ def test_result_that_is_not_there_yet(asked: Asked, monkeypatch: pytest.MonkeyPa
 def test_waiting_requests_get_an_answer_at_a_shutdown(
     folder: str, tmp_path: Path, in_time: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their results if the server computes them in time, otherwise an error; the client cannot ask again."""
-    monkeypatch.setattr(server, "POLL", 0.3)
+    """Their results if the server computes them in time, otherwise an error; further requests are refused."""
+    monkeypatch.setattr(server, "POLL", 0.1)
     free = Event()
 
     def wait() -> JSONReply:
@@ -649,13 +649,19 @@ def test_waiting_requests_get_an_answer_at_a_shutdown(
     grace = 20 if in_time else 0.6
     with asking(folder, tmp_path, grace=grace) as asked, ThreadPoolExecutor() as clients:
         names = [asked.service._submit(Call(wait)) for _ in range(2)]
+        asked.http.ending.begun.set()
+        train = {"model_id": "x", "forward_backward_input": {"data": [ROW], "loss_fn": "cross_entropy"}}
+        for call, fields in (("create_session", {}), ("forward_backward", train)):
+            with pytest.raises(Refused, match="the server is shutting down") as refused:
+                asked.post(call, **fields)
+            assert refused.value.status == 503
         found = [clients.submit(asked.result, name) for name in names]
         while len(asked.http.server_state.tasks) < 2:
             time.sleep(0.01)
         asked.http.should_exit = True
         try:
             if in_time:
-                time.sleep(0.5)  # longer than one poll
+                time.sleep(0.3)  # longer than a poll
                 free.set()
             wanted = {"done": True} if in_time else server.ENDED.json()
             assert [one.result(10) for one in found] == [wanted] * 2
