@@ -15,7 +15,9 @@ MARKS = ("trainable", "train", "training", "loss", "weight", "loss_weight")
 """Keys by which datasets mark a message as trained or not."""
 WEIGHTS = ("weight", "loss_weight", "train", "trainable")
 """Columns with the weight of a row, which is not supported."""
-UNUSABLE = ("train_detail", "training_detail", "tools", "functions", *MEDIA)
+OTHER_MARKS = ("mask", "masked", "loss_mask", "compute_loss", "train_on_turn")
+"""Further keys by which other formats mark messages; whether 1 means trained differs between them."""
+UNUSABLE = ("train_detail", "training_detail", "tools", "functions", *MEDIA, *OTHER_MARKS)
 """Keys that messages may have, but that are not supported there."""
 OPENING = ("system", "developer")
 """Roles that only the first message may have."""
@@ -26,6 +28,8 @@ PAIR_REMEDY = (
 TRAINING_COLUMNS = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_rejected")
 """Columns that determine how a row is trained on; they do not apply to prompts."""
 UNWANTED = (0, False, "0", "false", "undesirable")
+RESPONSES = ("completion", "response", "chosen", "rejected")
+"""Columns with one response each."""
 
 
 def refuse_media(data: Row) -> None:
@@ -119,6 +123,8 @@ def take_marks(message: Row, where: str) -> None:
     for name in UNUSABLE:
         if not is_empty(message.get(name)):
             help = "; put it into a column of the row" if name in TOOLS else "; remove it"
+            if name in OTHER_MARKS:
+                help = "; replace it with 'weight', which is 0 for a message that is not trained, and 1 otherwise"
             raise RowError(f"{where} has {name!r}, which is not supported in a message{help}")
     marks = set()
     for name in MARKS:
@@ -168,6 +174,28 @@ def refuse_unwanted(data: Row) -> None:
     raise RowError(f"the row has 'chosen' and 'rejected': {PAIR_REMEDY}")
 
 
+def refuse_unused_answer(data: Row, messages: Sequence[Message]) -> None:
+    """Raise `RowError` if the last message has no answer, but the row has one in another column."""
+    column = next((name for name in ("completion", "response", "output") if not is_empty(data.get(name))), None)
+    if column is not None and messages[-1]["role"] != "assistant":
+        raise RowError(
+            f"the conversation ends with a {messages[-1]['role']} message, and its answer seems to be in {column!r}, "
+            f"which is not used next to a conversation. Append it to the messages, or ignore it with columns: "
+            f"{{{column}: null}}"
+        )
+
+
+def repeats_prompt(data: Row) -> bool:
+    """True if the prompt and all responses of a row are texts, and each response begins with the whole prompt."""
+    prompt = data.get("prompt")
+    if not isinstance(prompt, str) or not (start := prompt.strip()):
+        return False
+    listed = data.get("responses")
+    responses = [*(listed if isinstance(listed, list) else []), *(data.get(name) for name in RESPONSES)]
+    texts = [text for text in responses if isinstance(text, str) and text]
+    return bool(texts) and all(text.strip().startswith(start) for text in texts)
+
+
 def has_pair(data: Row) -> bool:
     """True if a row has the two responses of preference data."""
     return not is_empty(data.get("chosen")) and not is_empty(data.get("rejected"))
@@ -194,7 +222,12 @@ def _number(text: str) -> float | None:
 
 
 def refuse_beside_text(data: Row) -> None:
-    """Raise `RowError` if a row of plain text has columns that need a chat template."""
+    """Raise `RowError` if a row of plain text has columns that need a chat template, or is one message of several."""
+    if isinstance(role := data.get("role"), str) and role:
+        raise RowError(
+            f"the row is plain text, but has a 'role' ({role!r}), so it seems to be a single message. Collect the "
+            "messages of each conversation in 'messages', or ignore the column with columns: {role: null}"
+        )
     for name in (*SYSTEM, *TOOLS):
         value = data.get(name)
         if not is_empty(value) and value != "[]":

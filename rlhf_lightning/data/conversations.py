@@ -26,7 +26,9 @@ from rlhf_lightning.types import JSON, Message, Row, ToolCall, ToolSchema
 
 SPEAKERS = {
     "human": "user",
+    "prompter": "user",
     "gpt": "assistant",
+    "ai": "assistant",
     "bing": "assistant",
     "chatgpt": "assistant",
     "bard": "assistant",
@@ -44,6 +46,8 @@ SPEAKERS = {
 CALLERS = ("function_call", "tool_call", "tool_calls")
 """Roles of messages whose text is a tool call."""
 ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLE_KEYS = ("type", "speaker", "author", "sender", "name")
+"""Keys by which other formats say who speaks, if a message has neither `role` nor `from`."""
 SHAPES = "messages | conversations | prompt + completion | instruction + output | text"
 
 
@@ -110,10 +114,14 @@ def _messages(item: JSON | Message, index: int, previous: str | None, first_role
         message["content"] = item.get("value")
     role = item.get("role") or item.get("from")
     if role is None:
+        if speaker := next((key for key in ROLE_KEYS if isinstance(item.get(key), str)), None):
+            raise RowError(
+                f"message {index} has {speaker!r} ({described(item[speaker])}), but no 'role'; name that key 'role'"
+            )
         role = first_role if previous in (None, "system") else {"user": "assistant"}.get(previous, "user")
     if not isinstance(role, str):
         raise RowError(f"message {index}: role is {described(role)}; it must be a string")
-    said = role.lower() if role.lower() in (*ROLES, *SPEAKERS) else role
+    said = plain if (plain := role.strip().lower()) in (*ROLES, *SPEAKERS) else role
     message["role"] = role = SPEAKERS.get(said, said)
     where = f"message {index} ({role})"
     take_marks(message, where)
@@ -293,11 +301,21 @@ def apart(prompt: list[Message], responses: Sequence[list[Message]]) -> tuple[li
 
     Returns:
         The prompt, and the responses without the prompt.
+
+    Raises:
+        RowError: If a response continues the assistant's last message in the prompt; templates render that as two
+            turns.
     """
     leads = [response[0] for response in responses if response and response[0]["role"] in OPENING]
     if len(leads) == len(responses) and all(lead == leads[0] for lead in leads) and prompt[0]["role"] not in OPENING:
         prompt = [leads[0], *prompt]
-    return prompt, [without_prompt(response, prompt) for response in responses]
+    rest = [without_prompt(response, prompt) for response in responses]
+    if prompt[-1]["role"] == "assistant" and any(left and left[0]["role"] == "assistant" for left in rest):
+        raise RowError(
+            "the prompt ends with an assistant message, and the response begins with another one: they would become "
+            "two turns. Write the whole answer into the response"
+        )
+    return prompt, rest
 
 
 def without_prompt(response: list[Message], prompt: Sequence[Message]) -> list[Message]:

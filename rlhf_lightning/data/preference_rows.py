@@ -8,6 +8,7 @@ from rlhf_lightning.data.columns import unmarked, with_system
 from rlhf_lightning.data.conversations import apart, to_messages, without_prompt
 from rlhf_lightning.data.records import RowError, require
 from rlhf_lightning.data.rendering import Rendered
+from rlhf_lightning.errors import quoted
 from rlhf_lightning.types import Counts, Message, Row, Tokenizer, ToolSchema
 
 
@@ -142,7 +143,11 @@ def split_pair(data: Row) -> tuple[list[Message], list[Message], list[Message]]:
         prompt, sides = _apart(data, sides)
     else:
         if not all(isinstance(data[name], list) for name in ("chosen", "rejected")):
-            require(data, "prompt")
+            raise RowError(
+                f"the row has no 'prompt'; its columns are {quoted(data)}. Add it, map another column with `columns: "
+                "{prompt: your_name}`, or give chosen and rejected as lists of messages that begin with the prompt "
+                "(dialogues as text, as in HH-RLHF, must be split into messages first)"
+            )
         shared = _shared(*map(unmarked, sides))
         prompt, sides = sides[0][:shared], [side[shared:] for side in sides]
         if not prompt:

@@ -21,7 +21,14 @@ from rlhf_lightning.data.cache import (
     source_facts,
     tokenizer_facts,
 )
-from rlhf_lightning.data.columns import TRAINING_COLUMNS, is_empty, refuse_media, refuse_misspelled, refuse_unused_names
+from rlhf_lightning.data.columns import (
+    TRAINING_COLUMNS,
+    is_empty,
+    refuse_media,
+    refuse_misspelled,
+    refuse_unused_names,
+    repeats_prompt,
+)
 from rlhf_lightning.data.files import Wanted
 from rlhf_lightning.data.mixing import Mixture, WeightedSource, inner_sources
 from rlhf_lightning.data.records import (
@@ -171,10 +178,12 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             used: Receives the names of columns that are used, for `refuse_unused_names`.
         """
         convert, mapped = self.examples(name), set((self.columns or {}).values())
+        self._repeated = 0
 
         def noting(data: Row) -> Sequence[ExampleT]:
             refuse_media(data)
             if (names := self.used_columns(name, data)) is not None:
+                self._repeated += repeats_prompt(data)
                 refuse_misspelled(data, TRAINING_COLUMNS)
                 unused.update(dict.fromkeys(k for k, v in data.items() if k not in names | mapped and not is_empty(v)))
                 if used is not None:
@@ -407,5 +416,13 @@ class PreparedData(RenderedData, Generic[ExampleT]):
             )
         for message in prepared.reading.skipped[:3]:
             log.warning("skipped %s", message)
+        if self._repeated > prepared.reading.rows / 2:
+            log.warning(
+                "%s: in %d of %d rows the response begins with the whole text of the prompt. If the responses repeat "
+                "the prompt, remove it from them, because everything in a response is trained",
+                name,
+                self._repeated,
+                prepared.reading.rows,
+            )
         if self.show_example and name in ("train", "predict"):
             log.info(EXAMPLE, examples[0].show(self.renderer.tokenizer))

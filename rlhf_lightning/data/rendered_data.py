@@ -36,6 +36,8 @@ class RenderedData(pl.LightningDataModule):
     """`system` and `tools`, if all rows of `train` share them."""
     _renderer: Renderer | None
     _truncated: int
+    _repeated: int
+    """Number of rows whose responses begin with the text of the prompt."""
 
     @property
     def renderer(self) -> Renderer:

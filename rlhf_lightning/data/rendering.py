@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from rlhf_lightning.data.columns import refuse_untrained
 from rlhf_lightning.data.conversations import to_messages
+from rlhf_lightning.data.message_checks import MessageChecks
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.selection import refuse_blank, select
@@ -116,6 +117,7 @@ class Renderer:
                 f"the tokenizer {tokenizer.name_or_path or ''} has no chat template. "
                 "Set model.chat_template: FILE.jinja, or data.format: raw for plain text."
             )
+        self.checks = MessageChecks(self.template) if format == "chat" else None
         self.stop_token_ids: list[int] = []
         """Ids that end a response: those at the end of turns, the tokenizer's eos_token, and the given ids."""
         self.also_stop_at(stop_token_ids)
@@ -284,14 +286,18 @@ class Renderer:
         return text.strip()
 
     def refuse_lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> None:
-        """Raise `RowError` if the template would silently leave out a part of the row."""
+        """Raise `RowError` if the template would silently leave out a part of the row, or render it a second time."""
         if lost := self._lost(messages, tools):
             raise RowError(lost)
+        if self.checks is not None and (twice := self.checks.rendered_before(messages)):
+            raise RowError(twice)
 
     def _note_lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> None:
         """Warn once instead, for conversations with a policy or an environment, which cannot be refused."""
         if lost := self._lost(messages, tools):
             self.template.forms.once(lost, lost)
+        if self.checks is not None:
+            self.checks.note(messages)
 
     def _lost(self, messages: list[Message], tools: list[ToolSchema] | None) -> str | None:
         """A message about the part that would be left out; None if there is none."""

@@ -8,7 +8,7 @@ import torch
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.data.cache import StoredExample
-from rlhf_lightning.data.columns import refuse_beside_text, refuse_unwanted
+from rlhf_lightning.data.columns import refuse_beside_text, refuse_unused_answer, refuse_unwanted
 from rlhf_lightning.data.conversations import conversation, has_conversation, tool_schemas, used_columns
 from rlhf_lightning.data.prompts import Prompt, PromptBatch, collate_prompts, prompt_example
 from rlhf_lightning.data.records import LocatedRow, Reading, RowError, Source, read_rows
@@ -103,6 +103,7 @@ class SFTDataModule(RowDataModule[Rendered | Prompt, SFTBatch | PromptBatch]):
                     "or use the column 'text', which trains every token"
                 )
             messages, tools = conversation(data), tool_schemas(data)
+            refuse_unused_answer(data, messages)
             self.renderer.refuse_lost(messages, tools)
             rows = self.renderer.conversation(messages, tools, self.train_on)
         return [self._fit(row) for row in rows]

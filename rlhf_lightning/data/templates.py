@@ -207,12 +207,18 @@ class ChatTemplate:
         return name
 
     def _check_options(self, options: Row) -> None:
-        """Refuse options that are arguments of the rendering itself; warn about those that the template ignores."""
+        """Refuse options that belong to the rendering itself, and true and false as text; warn about unread options."""
         from jinja2 import TemplateError
         from jinja2.meta import find_undeclared_variables
 
         if taken := sorted(set(options) & _RESERVED):
             raise ConfigError(f"data.template_kwargs has {taken[0]!r}, which is set automatically; leave it out")
+        for name, value in options.items():
+            if isinstance(value, str) and value.strip().lower() in ("true", "false"):
+                raise ConfigError(
+                    f"data.template_kwargs: {name} is the text {value!r}, and a template takes every text as true; "
+                    f"write {value.strip().lower()} without quotes"
+                )
         given = self.tokenizer.chat_template if options else None
         sources = [*given.values()] if isinstance(given, dict) else [given] if given else []
         if not sources:
