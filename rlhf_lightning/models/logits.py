@@ -15,7 +15,7 @@ from rlhf_lightning.models.precision import rounded_factors
 
 CPU_CHUNK, GPU_CHUNK = 2**20, 2**26
 """Number of logits processed at once; on a CPU, small enough for its cache."""
-HEAD_ROWS = 64
+HEAD_ROWS = 128
 """Smallest number of rows whose logits are computed at once on a CPU."""
 
 

@@ -260,34 +260,38 @@ class PackedForward:
         return f"relative difference {difference:.1e} at {length} tokens"
 
     def _packing_difference(self, length: int, gradients: bool) -> float:
-        """Largest relative difference between packed and plain rows, of hidden states and optionally gradients."""
+        """Largest relative difference of packed from plain rows, of hidden states and optionally gradients."""
         ids, wanted, shared = self._check_rows(length)
         ends = wanted.sum(1).tolist()
-        plain = [SharedPrefix((row,), end, (0,)) for row, end in enumerate(ends)]
+        # Row by row, because the graphs of all rows would take more memory than that of the packed ones.
+        plain = ([SharedPrefix((row,), end, (0,))] for row, end in enumerate(ends))
         with _exact_mode(self.model, ids.device, gradients):
-            packed = self._effects([run_unsharded(self.model, self._packed, ids, wanted, shared)], length)
-            # Row by row, because the graphs of all rows would take more memory than that of the packed ones.
-            rows = (run_unsharded(self.model, self._padded, ids, wanted, [tree]) for tree in plain)
-            return _relative_difference(packed, self._effects(rows, length))
+            return self._difference(
+                (run_unsharded(self.model, self._padded, ids, wanted, trees) for trees in plain),
+                (run_unsharded(self.model, self._packed, ids, wanted, trees) for trees in [shared]),
+                length,
+            )
 
     def _last_layer_difference(self, length: int, gradients: bool) -> float:
-        """The same between packed rows whose last layer computes wanted positions only, and all positions."""
+        """The same of packed rows whose last layer computes wanted positions only, from all positions."""
         ids, wanted, shared = self._check_rows(length)
         wanted &= torch.arange(length) % 3 == 2
-        last, found = self._last, []
+        last = self._last
+
+        def packed(layer: nn.Module | None) -> Iterator[Hidden]:
+            self._last = layer
+            yield self._packed(ids, wanted, shared)
+
         with _exact_mode(self.model, ids.device, gradients):
-            for self._last in (last, None):
-                found.append(self._effects([self._packed(ids, wanted, shared)], length))
-        self._last = last
-        return _relative_difference(*found)
+            return self._difference(packed(None), packed(last), length)
 
     def _fusion_difference(self, length: int, gradients: bool) -> float:
-        """The same between packed rows of fused layers and of the layers' own modules."""
+        """The same of packed rows of fused layers, from the layers' own modules."""
         ids, wanted, shared = self._check_rows(length)
         weights = LayerWeights(next(iter(self.model.parameters())).dtype)
         with _exact_mode(self.model, ids.device, gradients):
-            found = [self._effects([self._packed(ids, wanted, shared, way)], length) for way in (weights, None)]
-        return _relative_difference(*found)
+            own, fused = ((self._packed(ids, wanted, shared, way) for way in ways) for ways in ([None], [weights]))
+            return self._difference(own, fused, length)
 
     def _check_rows(self, length: int) -> tuple[Tensor, Tensor, list[SharedPrefix]]:
         """Random rows of up to `length` tokens, the positions of their tokens, and the prefixes that they share."""
@@ -307,11 +311,21 @@ class PackedForward:
             [SharedPrefix((0,), ends[0], (0,)), SharedPrefix((1, 2, 3), prefix, branches)],
         )
 
-    def _effects(self, parts: Iterable[Hidden], length: int) -> list[Tensor]:
-        """Hidden states in batch order, and the gradients of a random projection of them."""
+    def _difference(self, right: Iterable[Hidden], found: Iterable[Hidden], length: int) -> float:
+        """Largest relative difference of hidden states, and of the gradients of a random projection of them."""
+        gradients: list[Tensor] = []
+        states = self._states(right, length, gradients, 1.0)
+        norms = [tensor.norm() for tensor in (states, *gradients)]
+        scale = 1e-3 * torch.stack(norms[1:]).norm() if gradients else 0.0
+        # Subtracted at once, because those of both ways and of a backward pass would be three copies of the gradients.
+        states -= self._states(found, length, gradients, -1.0)
+        differences = [a.norm() / (norm + scale) for a, norm in zip((states, *gradients), norms, strict=True)]
+        return float(torch.stack(differences).nan_to_num(torch.inf).max())
+
+    def _states(self, parts: Iterable[Hidden], length: int, gradients: list[Tensor], factor: float) -> Tensor:
+        """Hidden states in batch order; adds their gradients, times a factor, to a list that may still be empty."""
         states: list[Tensor] = []
         order: list[Tensor] = []
-        gradients: list[Tensor] = []
         for hidden in parts:
             states.append(hidden.states.detach().float())
             order.append(hidden.rows * length + hidden.columns)
@@ -320,15 +334,10 @@ class PackedForward:
                 direction = torch.randn(_CHECK_ROWS, length, states[0].shape[-1], generator=generator)
                 direction = direction[hidden.rows.cpu(), hidden.columns.cpu()].to(hidden.states.device)
                 found = _gradients(self.model, (hidden.states.float() * direction).sum())
-                gradients = [a + b for a, b in zip(gradients, found, strict=True)] if gradients else found
-        return [torch.cat(states)[torch.cat(order).argsort()], *gradients]
-
-
-def _relative_difference(found: list[Tensor], right: list[Tensor]) -> float:
-    """Largest relative difference of hidden states, which come first, and gradients."""
-    scale = 1e-3 * torch.stack([tensor.norm() for tensor in right[1:]]).norm() if len(right) > 1 else 0.0
-    differences = [(a - b).norm() / (b.norm() + scale) for a, b in zip(found, right, strict=True)]
-    return float(torch.stack(differences).nan_to_num(torch.inf).max())
+                gradients += [torch.zeros_like(gradient) for gradient in found] if not gradients else []
+                for total, gradient in zip(gradients, found, strict=True):
+                    total.add_(gradient, alpha=factor)
+        return torch.cat(states)[torch.cat(order).argsort()]
 
 
 def _gradients(model: nn.Module, total: Tensor) -> list[Tensor]:
