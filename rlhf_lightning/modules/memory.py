@@ -362,7 +362,7 @@ class MemoryAwareModule(CheckedModule):
             )
         for part, whole, count in zip(forwards, kept, _filled(number, most), strict=True):
             checkpoint_layers(part.model, count)
-            # The comparison of gradients runs without checkpointing, and holds up to three copies of the gradients.
+            # The comparison of gradients runs without checkpointing, and holds two copies of them and one of weights.
             spare = limit - use.weights - use.frozen - use.buckets - 12 * sum(p.numel() for p in trained(self))
             fitting = spare * sizes.tokens / (MARGIN * PACKED_CHECK * max(1, whole))
             part.gradient_tokens = min(GRADIENT_TOKENS, max(16, int(fitting)))
