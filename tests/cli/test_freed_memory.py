@@ -1,4 +1,4 @@
-"""Freed memory stays with the process, so that a step does not fault its pages in again."""
+"""Freed memory stays with the process, so that a step does not fault its pages in again; code of products does not."""
 
 import ctypes
 import resource
@@ -19,6 +19,33 @@ before = resident()
 bytearray(b"x") * 2**26
 print(resident() - before)
 """
+
+CACHED = """
+from rlhf_lightning.cli.main import prepare_environment
+prepare_environment()
+import torch
+def resident():
+    with open("/proc/self/statm") as stream:
+        return int(stream.read().split()[1])
+torch.set_num_threads(1)
+states, weight = torch.zeros(1000, 32, dtype=torch.bfloat16), torch.zeros(32, 32, dtype=torch.bfloat16)
+grown = []
+for start in (1, 321, 641):
+    before = resident()
+    for rows in range(start, start + 320):
+        states[:rows] @ weight
+    grown.append(resident() - before)
+print(*grown)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_number_of_sizes_of_products() -> None:
+    run = subprocess.run([sys.executable, "-c", CACHED], capture_output=True, check=True, text=True)
+    first, _, third = (int(pages) for pages in run.stdout.split())
+    if first * resource.getpagesize() < 2**24:
+        pytest.skip("oneDNN keeps little code for products on this processor")
+    assert third < 0.2 * first
 
 
 @pytest.mark.skipif(
