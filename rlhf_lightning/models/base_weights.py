@@ -215,7 +215,7 @@ def name_base(scratch: Path, folder: Path, **changes: JSON) -> None:
 
 def stored_embeddings(config: "PeftConfig", folder: Path | str) -> bool:
     """True if an adapter's file contains embeddings of the model below it (peft's `save_embedding_layers`)."""
-    names = [name.replace(".base_layer", "") for name, _ in _shapes(folder)]
+    names = [name.replace(".base_layer", "") for name in adapter_shapes(folder)]
     own = set(getattr(config, "modules_to_save", None) or ())
     return any(
         name.endswith(f".{end}.weight") and end not in own
@@ -241,7 +241,7 @@ def fit_rows(base: "PreTrainedModel", config: "PeftConfig", folder: Path | str) 
     names = {module: name for name, module in base.named_modules()}
     brought: dict[str, int] = {}  # number of rows of the embedding and of the head in the adapter's file
     wanted = rows
-    for name, shape in _shapes(folder):
+    for name, shape in adapter_shapes(folder).items():
         place, _, rest = name.removeprefix("base_model.model.").replace(".base_layer", "").rpartition(".")
         if rest == "weight" and place in (names[embedding], names.get(head)):
             brought[place] = shape[0]
@@ -277,13 +277,16 @@ def _token_indices(config: "PeftConfig") -> Iterator[int]:
         yield from part
 
 
-def _shapes(folder: Path | str) -> list[tuple[str, list[int]]]:
-    """Names and shapes of the weights in an adapter's file."""
-    path = Path(folder) / "adapter_model.safetensors"
-    if not path.is_file():
-        return []
-    with safe_open(path, "pt") as stored:
-        return [(name, list(stored.get_slice(name).get_shape())) for name in stored.keys()]  # noqa: SIM118
+def adapter_shapes(folder: Path | str) -> dict[str, list[int]]:
+    """Shapes of the weights in an adapter's file, by name; empty if there is no file in the folder."""
+    path, older = Path(folder) / "adapter_model.safetensors", Path(folder) / "adapter_model.bin"
+    if path.is_file():
+        with safe_open(path, "pt") as stored:
+            return {name: list(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+    if older.is_file():
+        weights: dict[str, Tensor] = torch.load(older, map_location="meta", weights_only=True)
+        return {name: list(weight.shape) for name, weight in weights.items()}
+    return {}
 
 
 def untie(base: "PreTrainedModel") -> None:

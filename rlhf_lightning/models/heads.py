@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.models.loading import adapter_config, is_adapter, loading
+from rlhf_lightning.models.loading import adapter_config, adapter_task, is_adapter, loading
 from rlhf_lightning.models.lora import HEADS, base_of
 from rlhf_lightning.types import Tokenizer
 
@@ -28,7 +28,7 @@ def find_head(model: nn.Module) -> nn.Module:
 def has_head(source: str, trust_remote_code: bool = False) -> bool:
     """True if a model folder or Hub id has a trained score head."""
     if is_adapter(source):
-        return adapter_config(source).task_type == "SEQ_CLS"
+        return adapter_task(adapter_config(source), source) == "SEQ_CLS"
     from transformers import AutoConfig
 
     with loading(f"the model {source!r}"):

@@ -19,6 +19,7 @@ from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import adapted_base, check_model, hash_folder, read_object, read_stage, real_path, write_json
 from rlhf_lightning.gguf.folder import cache_root, model_folder
 from rlhf_lightning.models.base_weights import (
+    adapter_shapes,
     check_adapted,
     check_kind,
     fit_rows,
@@ -122,7 +123,7 @@ class Start:
 
     def _from_adapter(self, folder: Path, workdir: Path | None) -> nn.Module:
         config = adapter_config(folder)
-        base_path, task = adapter_base(folder), str(config.task_type)
+        base_path, task = adapter_base(folder), adapter_task(config, folder)
         if self._quantized and task == self.task:
             quantized = self._pretrained(base_path)
             if self.lora and self.lora.continues(config, quantized) and not stored_embeddings(config, folder):
@@ -270,6 +271,23 @@ def adapter_config(folder: Path | str) -> "PeftConfig":
     return config
 
 
+def adapter_task(config: "PeftConfig", folder: Path | str) -> str:
+    """Key of `AUTO_CLASSES` for an adapter. Many are saved without a task; only those of classifiers have a head.
+
+    Raises:
+        ConfigError: If it is an adapter for another task.
+    """
+    if config.task_type is None:
+        heads = {part for name in adapter_shapes(folder) for part in name.split(".") if part in HEADS}
+        return "SEQ_CLS" if heads else "CAUSAL_LM"
+    task = str(getattr(config.task_type, "value", config.task_type))
+    if task not in AUTO_CLASSES:
+        raise ConfigError(
+            f"the adapter {str(folder)!r} is for the task {task}; only {' and '.join(AUTO_CLASSES)} are supported"
+        )
+    return task
+
+
 def with_adapter(base: "PreTrainedModel", folder: Path | str, is_trainable: bool = False) -> "PeftModel":
     """Load an adapter onto a base.
 
@@ -279,23 +297,25 @@ def with_adapter(base: "PreTrainedModel", folder: Path | str, is_trainable: bool
         is_trainable: Train the adapter.
 
     Raises:
-        ConfigError: If the adapter does not fit, or lacks weights.
+        ConfigError: If the adapter does not fit, lacks weights, or has some that its config does not use.
     """
     from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import safe_open
 
-    weights = Path(folder) / "adapter_model.safetensors"
     with loading(f"the adapter {str(folder)!r}"):
         fit_rows(base, adapter_config(folder), folder)
         model = PeftModel.from_pretrained(base, folder, is_trainable=is_trainable)
-        if not weights.exists():
+        if not (stored := adapter_shapes(folder).keys()):
             return model
-        with safe_open(weights, "pt") as stored:
-            missing = set(get_peft_model_state_dict(model, save_embedding_layers=False)) - set(stored.keys())
-    if missing:
+        wanted = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    if missing := sorted(wanted - stored):
         raise ConfigError(
-            f"the adapter {str(folder)!r} is missing {len(missing)} weights (for example {sorted(missing)[0]}); "
-            "restore its files"
+            f"the adapter {str(folder)!r} is missing {len(missing)} weights (for example {missing[0]}); restore its "
+            "files"
+        )
+    if unused := sorted(name for name in stored - wanted if ".lora_A." in name or ".lora_B." in name):
+        raise ConfigError(
+            f"the adapter {str(folder)!r} has {len(unused)} weights that its adapter_config.json does not use (for "
+            f"example {unused[0]}); restore its files"
         )
     return model
 

@@ -1,6 +1,8 @@
 """The forward pass: computes the hidden states of requested positions without padding and repeated prefixes."""
 
 import logging
+import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
@@ -8,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.errors import first_line
+from rlhf_lightning.errors import ConfigError, first_line
 from rlhf_lightning.models import fused_layers, last_layer
 from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.backbone import in_mode
@@ -27,7 +29,7 @@ from rlhf_lightning.models.sharding import (
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ PACKED_CHECK = 1.5
 """Number of tokens of the compared rows when they are packed, per token of the longest."""
 KEPT = 0.75
 """Largest fraction of positions for which the last layer leaves out the others."""
+_POSITIONS = re.compile(r"pos|wpe", re.IGNORECASE)
 FAILURES = (TypeError, ValueError, RuntimeError, AttributeError, IndexError)
 """Exceptions of models that do not support packed rows."""
 
@@ -93,6 +96,10 @@ class PackedForward:
         self.config = base_of(model).config.get_text_config()
         self.saving: Callable[[], AbstractContextManager[None]] = nullcontext
         """Context manager in which the model runs; it determines where activations for backward are stored."""
+        self.context: int | None = getattr(self.config, "max_position_embeddings", None)
+        """Number of positions that the model was made for; None if it has no limit."""
+        self._switch = _frequency_switch(self.config)
+        self._exceeded = False
         self.gradient_tokens = GRADIENT_TOKENS
         """Length in tokens up to which `check` compares gradients."""
         self._checked = {False: 0, True: 0}
@@ -128,15 +135,22 @@ class PackedForward:
 
         Returns:
             The hidden states and their positions.
+
+        Raises:
+            ConfigError: If a row is longer than the model's table of positions.
         """
         wanted = wanted.cpu()
         columns = torch.arange(1, wanted.shape[1] + 1)
         ends = (wanted * columns).amax(1)
+        self._check_context(int(ends.max()))
         self.check(max_over_ranks(int(ends.max()), self.model))
         trees = find_shared_prefixes(input_ids, prefixes.tolist(), ends.tolist(), share=self.packs)
         budget = self.budget(input_ids.device)
         run = self._packed if self.packs else self._padded
-        groups = group_by_token_budget(trees, budget)
+        # Rows beyond the switch are computed apart, because they would change the frequencies of the others.
+        beyond = [tree.prefix + max(tree.branches) > self._switch for tree in trees]
+        sides = [[tree for tree, far in zip(trees, beyond, strict=True) if far is side] for side in (False, True)]
+        groups = [group for side in sides for group in group_by_token_budget(side, budget)]
         spare = max_over_ranks(len(groups), self.model) - len(groups)
         weights = self._layer_weights()
         with self.saving():
@@ -146,6 +160,28 @@ class PackedForward:
             # Ranks must run a sharded model equally often, including backward, so this adds a term of value 0.
             states = states + 0.0 * self.decoder(input_ids=input_ids[:1, :1], use_cache=False)[0].sum()
         return Hidden(states, rows, numbers)
+
+    def _check_context(self, length: int) -> None:
+        """Refuse rows without a position in the model's table; warn once about rows beyond the model's context."""
+        if self.context is None or length <= self.context:
+            return
+        if any(
+            isinstance(module, nn.Embedding) and _POSITIONS.search(name.rpartition(".")[2])
+            for name, module in self.decoder.named_modules()
+        ):
+            raise ConfigError(
+                f"a row needs {length} positions, but {type(base_of(self.model)).__name__} has only {self.context}; "
+                "shorten the rows (data.max_length)"
+            )
+        if not self._exceeded:
+            self._exceeded = True
+            log.warning(
+                "a row needs %d positions, but %s was made for %d positions, so its results beyond are unreliable; "
+                "shorten the rows (data.max_length)",
+                length,
+                type(base_of(self.model)).__name__,
+                self.context,
+            )
 
     def budget(self, device: torch.device) -> int:
         """Number of tokens computed at once on a device."""
@@ -224,7 +260,7 @@ class PackedForward:
         if size > LONG:  # twice the length would take four times the memory of a mask
             size = LONG // 2 * -(-length // (LONG // 2))
         # A model with learned positions has no positions beyond its table.
-        size = min(size, getattr(self.config, "max_position_embeddings", None) or size)
+        size = min(size, self.context or size)
         if length > self._checked[False]:
             self._compare(size, gradients=False)
         self._checked[False] = self._checked[gradients] = max(length, size)
@@ -338,6 +374,16 @@ class PackedForward:
                 for total, gradient in zip(gradients, found, strict=True):
                     total.add_(gradient, alpha=factor)
         return torch.cat(states)[torch.cat(order).argsort()]
+
+
+def _frequency_switch(config: "PretrainedConfig") -> float:
+    """Length beyond which LongRoPE uses other frequencies for all rows of a batch; infinite for other models."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # of all layers, or by type of layer
+    return min(
+        (part["original_max_position_embeddings"] for part in kinds if part.get("rope_type") == "longrope"),
+        default=math.inf,
+    )
 
 
 def _gradients(model: nn.Module, total: Tensor) -> list[Tensor]:

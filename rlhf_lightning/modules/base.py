@@ -394,6 +394,13 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
             raise ConfigError(f"trainer.accumulate_grad_batches is {windows}; it must be at least 1")
         self.fit_into_limit()
         if longest := self.longest_row():
+            context = self.packed_forward.context
+            if self.stage_kind != "policy" and context and longest > context:  # sampling has its own check
+                raise ConfigError(
+                    f"the longest row of data.train has {longest} tokens, but the model has only {context} positions. "
+                    f"Set data.max_length: {context} (data.overlong says what happens to longer rows), or, if the "
+                    "model supports it, a larger max_position_embeddings in model.model_options"
+                )
             # Under a limit those of all models, because a later comparison would come on top of other activations.
             checked = [self.packed_forward] if self.memory_limit is None else self.forward_passes()
             with zero3_gathered(self.model):

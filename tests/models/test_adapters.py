@@ -15,6 +15,7 @@ from rlhf_lightning import PreferenceDataModule, PreferenceModule, SFTDataModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.evaluation.policy import Policy
 from rlhf_lightning.models.export import export_model
+from rlhf_lightning.models.heads import has_head
 from rlhf_lightning.models.loading import Start, load_for_scoring
 from rlhf_lightning.models.lora import LoRA, named_weights, simple
 from rlhf_lightning.models.reference import Reference
@@ -368,3 +369,50 @@ def test_image_token_needs_no_embedding(tokenizer: Any) -> None:
     tokenizer.add_tokens(["<image_tag>"])  # of text, which rows may have
     with pytest.raises(ConfigError, match="'<image_tag>'"):
         SFTModule(model, tokenizer=tokenizer).configure_model()
+
+
+def saved(tokenizer: Any, root: Path, safe: bool = True, rows: int = 0, **options: Any) -> tuple[Path, torch.Tensor]:
+    """An adapter that peft saved to a folder, and its logits; on a base that was resized to `rows` embeddings."""
+    base = loaded(folder_of(tokenizer, root / "base"))
+    if rows:
+        base.resize_token_embeddings(rows)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": A, **options}))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(root / "adapter", safe_serialization=safe)
+    return root / "adapter", logits(model)
+
+
+def test_adapter_without_a_task_is_that_of_a_causal_model(tokenizer: Any, tmp_path: Path) -> None:
+    folder, wanted = saved(tokenizer, tmp_path, task_type=None)
+    close(load_for_scoring(str(folder), "CAUSAL_LM"), wanted)
+    close(Start(str(folder)).load(), wanted)
+    close(Start(str(folder), lora=OURS).load(), wanted)
+    assert not has_head(str(folder))
+
+
+def test_adapter_for_another_task_is_refused(tokenizer: Any, tmp_path: Path) -> None:
+    folder, _ = saved(tokenizer, tmp_path, task_type="TOKEN_CLS")
+    with pytest.raises(ConfigError, match="is for the task TOKEN_CLS; only CAUSAL_LM and SEQ_CLS are supported"):
+        Start(str(folder)).load()
+
+
+def test_older_adapter_files_are_read_completely_or_refused(tokenizer: Any, tmp_path: Path) -> None:
+    rows = len(tokenizer) + 5
+    folder, wanted = saved(tokenizer, tmp_path, safe=False, rows=rows, task_type="CAUSAL_LM", modules_to_save=BOTH)
+    close(load_for_scoring(str(folder), "CAUSAL_LM"), wanted)
+    weights = torch.load(folder / "adapter_model.bin", weights_only=True)
+    weights.pop(next(name for name in weights if ".lora_B." in name))
+    torch.save(weights, folder / "adapter_model.bin")
+    with pytest.raises(ConfigError, match="is missing 1 weights"):
+        Start(str(folder)).load()
+
+
+def test_weights_that_an_adapters_config_leaves_out_are_refused(tokenizer: Any, tmp_path: Path) -> None:
+    folder, _ = saved(tokenizer, tmp_path, task_type="CAUSAL_LM")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
+    with pytest.raises(ConfigError, match=r"has 4 weights that its adapter_config.json does not use .*v_proj"):
+        Start(str(folder)).load()

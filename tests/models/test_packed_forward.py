@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.last_layer import KeptLayout
 from rlhf_lightning.models.loading import compile_layers
@@ -510,3 +511,31 @@ def test_external_engine_replaces_the_local_one(lora: Any, base: str, tmp_path: 
         assert ours.training_samples[0].sampling_logprobs == pytest.approx(
             theirs.training_samples[0].sampling_logprobs, abs=1e-4
         )
+
+
+def test_long_rows_do_not_change_the_frequencies_of_short_ones(tokenizer: Any) -> None:
+    """With LongRoPE (Phi), transformers chooses the frequencies by the longest row of a batch."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    rope |= {"original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}
+    model = build_model(
+        tokenizer, architecture="phi3", rope_parameters=rope, original_max_position_embeddings=16, sliding_window=None
+    ).double()
+    batch = rows_of((3, (4, 20, 13)), (2, (14, 16)))
+    with torch.no_grad():
+        found = TokenLogprobs(model)(batch["input_ids"], batch["loss_mask"]).logprobs
+        torch.testing.assert_close(found, plain(model, batch), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_rows_beyond_the_context(architecture: str, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    size = {"n_positions": 16} if architecture == "gpt2" else {"max_position_embeddings": 16}
+    token_logprobs = TokenLogprobs(build_model(tokenizer, architecture=architecture, **size))
+    inside, beyond = rows_of((6, (11, 2))), rows_of((6, (12, 2)))
+    token_logprobs(inside["input_ids"], inside["loss_mask"])
+    if architecture == "gpt2":
+        with pytest.raises(ConfigError, match="a row needs 17 positions, but GPT2LMHeadModel has only 16"):
+            token_logprobs(beyond["input_ids"], beyond["loss_mask"])
+    else:
+        for _ in range(2):
+            token_logprobs(beyond["input_ids"], beyond["loss_mask"])
+    assert caplog.text.count("LlamaForCausalLM was made for 16 positions") == (architecture == "llama")

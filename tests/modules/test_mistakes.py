@@ -257,3 +257,14 @@ def test_model_checkpoint_with_an_unknown_metric(base: str, tmp_path: Path) -> N
     run = trainer(tmp_path, callbacks=[keep], enable_checkpointing=True)
     with pytest.raises(Exception, match=r"could not find the monitored key"):
         run.fit(sft(base), SFTDataModule(chats(4), validation=chats(2), show_example=False))
+
+
+def test_rows_longer_than_the_context_are_refused_before_training(tokenizer: Any, tmp_path: Path) -> None:
+    short = {"tokenizer": tokenizer, "architecture": "llama", "max_position_embeddings": 16}
+    runs = (
+        (SFTModule(build_model(**short), tokenizer=tokenizer), SFTDataModule(chats(8))),
+        (PreferenceModule(build_model(**short, task="SEQ_CLS"), tokenizer=tokenizer), PreferenceDataModule(pairs(8))),
+    )
+    for module, data in runs:
+        with pytest.raises(ConfigError, match=r"longest row of data.train has \d+ tokens, .* 16 positions"):
+            trainer(tmp_path).fit(module, data)
