@@ -94,6 +94,11 @@ def is_file(path: str | os.PathLike[str]) -> bool:
     return True
 
 
+LFS_POINTER = b"version https://git-lfs.github.com/"
+"""Beginning of the small text that a clone without Git LFS has in the place of a large file."""
+LFS_REMEDY = "this is a pointer of Git LFS, not the file itself; fetch it with git lfs pull"
+
+
 def is_model_folder(folder: Path) -> bool:
     """True if a folder has the config of a model or of an adapter."""
     return any((folder / name).exists() for name in MODEL_CONFIGS)

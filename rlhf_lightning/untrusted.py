@@ -17,7 +17,7 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from rlhf_lightning.errors import ConfigError, first_line
-from rlhf_lightning.files import adapted_base, check_files_in, read_object, real_path
+from rlhf_lightning.files import LFS_POINTER, LFS_REMEDY, adapted_base, check_files_in, read_object, real_path
 from rlhf_lightning.types import JSON
 
 REPEATS = 5
@@ -154,7 +154,10 @@ def _check(path: Path, kind: str, modified: int, size: int, extent: tuple[int, i
 
 
 def _check_names(folder: Path) -> None:
-    """Refuse files that lead out of their folder: links to other kinds of files, and listed names that are paths."""
+    """Refuse files that lead out of their folder: links to other kinds of files, and listed names that are paths.
+
+    Pointers of Git LFS are refused, too, because no library says what they are.
+    """
     for path in folder.iterdir() if folder.is_dir() else ():
         if path.suffix not in SUFFIXES:
             continue
@@ -162,6 +165,9 @@ def _check_names(folder: Path) -> None:
             raise ConfigError(
                 f"{path}: this is a folder, a broken link, a device or a pipe; it must be a file. Restore it"
             )
+        with path.open("rb") as stream:
+            if stream.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise ConfigError(f"{path}: {LFS_REMEDY}")
         target = real_path(path)
         # Links to the blobs of the Hub's cache are allowed, and links to files of the same kind, which save disk space.
         if target.parent.name != "blobs" and target.suffix != path.suffix and path.is_symlink():

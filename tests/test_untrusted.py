@@ -282,6 +282,13 @@ def test_index_without_shards_is_refused(base: str) -> None:
             Start(base).load()
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json"])
+def test_pointer_of_git_lfs_is_refused(file: str, base: str) -> None:
+    (Path(base) / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n")
+    with pytest.raises(ConfigError, match=f"{file}: this is a pointer of Git LFS"):
+        Start(base).load()
+
+
 def test_pickle_named_safetensors_is_refused(base: str, tmp_path: Path) -> None:
     (Path(base) / "model.safetensors").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ConfigError, match="cannot be loaded"):

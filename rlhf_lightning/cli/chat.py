@@ -32,7 +32,7 @@ def run(args: list[str]) -> int:
     talks = {}
     for name in dict.fromkeys([options.model, *(options.and_ or [])]):
         policy = Policy(name, options.dtype, device, rendering_options(options))
-        sample, said = sampling_of(options, name, policy.sampled)
+        sample, said = sampling_of(options, name, policy)
         say(policy.asking.describe(), said)
         talks[name] = Conversation(policy, None, options.max_tokens, seed=options.seed, filter=checks, **sample)
     labels = dict(zip(talks, _labels(list(talks)), strict=True))

@@ -34,7 +34,7 @@ def run(args: list[str]) -> int:
     check_options(options)
     checks = filter_of(options.filter)
     policy = Policy(options.model, options.dtype, device_of(options.device), rendering_options(options))
-    sample, said = sampling_of(options, options.model, policy.sampled)
+    sample, said = sampling_of(options, options.model, policy)
     say(policy.asking.describe(), said)
     source = options.file or [{"prompt": text} for text in options.prompt]
     prompts = policy.prompts(source, options.limit)

@@ -159,7 +159,7 @@ def _models(options: argparse.Namespace) -> "list[AnsweringModel]":
     found = []
     for name in dict.fromkeys([*([options.model] if options.model else []), *options.and_]):
         policy = Policy(name, options.dtype, device_of(options.device), rendering_options(options))
-        sampling, said = sampling_of(options, name, policy.sampled)
+        sampling, said = sampling_of(options, name, policy)
         say(policy.asking.describe(), said)
         found.append(AnsweringModel(name, policy, policy.prompts(options.prompts, options.limit), sampling))
     if len(found) == 1 and found[0].sampling.get("temperature") == 0:

@@ -10,6 +10,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rlhf_lightning.cli import suggestions as meant
 from rlhf_lightning.errors import cut
 from rlhf_lightning.files import visible
+from rlhf_lightning.imports import elsewhere
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
@@ -104,6 +105,13 @@ def _remedies(text: str) -> Iterator[str]:
             yield f"Did you mean {' or '.join(close)}?" if len(close) <= 3 else f"Choose one of {', '.join(close)}"
         if "Write a class" not in text:
             yield "Write a class or function with its module, for example torch.optim.AdamW"
+    if found := MOVED.search(text):
+        path = found[1] or found[2]
+        recipe = meant.in_place_of_class(path.rpartition(".")[2].lower())
+        if recipe:
+            yield recipe
+        elif there := elsewhere(path):
+            yield f"Did you mean {there}?"
     if found := re.search(r"class_path '([\w.]+)': Option '([\w.]+)' is not accepted", text):
         names = meant.arguments(found[1])
         alike = meant.argument(found[2], names)
@@ -118,6 +126,11 @@ def _remedies(text: str) -> Iterator[str]:
         yield "Write the command before its config: rlhf KIND fit -c FILE"
 
 
+MOVED = re.compile(
+    r"'(rlhf_lightning[\w.]*)': (?:module '[\w.]+' has no attribute|No module named)"
+    r"|has no attribute .*Given value: (rlhf_lightning[\w.]*)"
+)
+"""Messages about a class of this package that is not where the path says."""
 SECTIONS = {
     "data": "train",
     "model": "model",

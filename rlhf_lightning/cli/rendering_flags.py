@@ -8,7 +8,7 @@ from rlhf_lightning.files import visible
 from rlhf_lightning.types import JSON
 
 if TYPE_CHECKING:
-    from rlhf_lightning.evaluation.policy import SamplingSettings
+    from rlhf_lightning.evaluation.policy import Policy, SamplingSettings
 
 USUAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
 RECORD = "The defaults are the settings that the model was trained with, as recorded in its stage.json."
@@ -71,18 +71,18 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=int, help=f"sample from the TOP_K most likely tokens, 0 for all ({said} 0)")
 
 
-def sampling_of(options: argparse.Namespace, model: str, sampled: "SamplingSettings") -> tuple["SamplingSettings", str]:
+def sampling_of(options: argparse.Namespace, model: str, policy: "Policy") -> tuple["SamplingSettings", str]:
     """Sampling settings from flags and generation config.
 
     Args:
         options: The parsed flags.
         model: Name of the model.
-        sampled: Sampling settings of its generation config.
+        policy: The model.
 
     Returns:
-        The settings, and a message about those that come from the generation config.
+        The settings, and a message about those of the generation config: used ones, and others that have no effect.
     """
-    settings = sampled.copy()
+    settings = policy.sampled.copy()
     names: tuple[Literal["temperature", "top_p", "top_k"], ...] = ("temperature", "top_p", "top_k")
     given = {name: value for name in names if (value := getattr(options, name)) is not None}
     for name, value in given.items():
@@ -91,7 +91,10 @@ def sampling_of(options: argparse.Namespace, model: str, sampled: "SamplingSetti
         settings = {"temperature": 0.0}
     own = {name: value for name, value in settings.items() if name not in given and value != USUAL[name]}
     said = ", ".join(f"{name} {value:g}" for name, value in own.items())
-    return settings, f"sampling settings from generation_config.json of {model}: {said}" if said else ""
+    parts = [said] if said else []
+    if policy.unused_sampling:
+        parts.append(f"not supported, and not used: {', '.join(policy.unused_sampling)}")
+    return settings, f"sampling settings from generation_config.json of {model}: {'; '.join(parts)}" if parts else ""
 
 
 def say(*lines: str) -> None:

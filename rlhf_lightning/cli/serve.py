@@ -84,7 +84,7 @@ def _load(options: argparse.Namespace) -> "tuple[RequestReader, ThreadSampler]":
     is_vllm = options.engine == "vllm"
     device = "cpu" if is_vllm else device_of(options.device)
     policy = Policy(options.model, options.dtype, device, rendering_options(options))
-    sampling, said = sampling_of(options, options.model, policy.sampled)
+    sampling, said = sampling_of(options, options.model, policy)
     say(policy.asking.describe(), said)
     settings = Sampler(options.max_tokens, slots=options.slots, **sampling)
     sampler = settings.build(policy.model, policy.renderer)

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 from rlhf_lightning.data.containers import object_rows, unfilled
 from rlhf_lightning.data.tables import Item, arrow_rows, csv_items
 from rlhf_lightning.errors import DataError
-from rlhf_lightning.files import is_file, is_open_stream, unique_keys
+from rlhf_lightning.files import LFS_POINTER, LFS_REMEDY, is_file, is_open_stream, unique_keys
 from rlhf_lightning.types import JSON, Row
 
 log = logging.getLogger(__name__)
@@ -156,6 +156,8 @@ def _content(path: Path) -> tuple[str, bytes]:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+    if data.startswith(LFS_POINTER):
+        raise DataError(f"{path}: {LFS_REMEDY}")
     packed = magic(data)
     while packed in COMPRESSIONS:  # a loop, because some files are compressed twice
         data = _unpacked(path, packed, data)

@@ -10,9 +10,11 @@ from rlhf_lightning.data.conversations import conversation, tool_schemas
 from rlhf_lightning.data.prompts import Prompt, prompt_example
 from rlhf_lightning.data.records import Reading, Source, convert_rows, read_rows
 from rlhf_lightning.data.rendering import Rendered
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, cut
 from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.generation.token_sampling import SamplingParams
 from rlhf_lightning.models.language_model import LanguageModel
+from rlhf_lightning.models.loading import loading
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.scorers import padded_batches
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
@@ -20,7 +22,32 @@ from rlhf_lightning.rollout.runner import EpisodeRunner
 from rlhf_lightning.types import JSON, Episode, TrainingSample
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
+
+
+UNUSED_DEFAULTS: dict[str, tuple[JSON, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": (),
+    "encoder_repetition_penalty": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "exponential_decay_length_penalty": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1.0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "num_beams": (1,),
+    "penalty_alpha": (0.0,),
+    "repetition_penalty": (1.0,),
+    "sequence_bias": (),
+    "suppress_tokens": (),
+    "typical_p": (1.0,),
+    "watermarking_config": (),
+}
+"""Settings of a generation config that change what `generate` of transformers samples, but not what `Sampler` samples,
+with the values, besides None, that have no effect."""
 
 
 class SamplingFilters(TypedDict, total=False):
@@ -62,8 +89,11 @@ class Policy:
         self.tokenizer, self.asking, self.renderer = loaded.tokenizer, loaded.asking, loaded.renderer
         self.model, self.folder = loaded.model, loaded.folder
         self.token_logprobs = TokenLogprobs(self.model)
-        self.sampled = sampling_settings(loaded.folder, self.model)
+        config, where = _generation_config(loaded.folder, self.model)
+        self.sampled = sampling_settings(config, where)
         """Those of `temperature`, `top_p`, `top_k` and `min_p` that the generation config sets."""
+        self.unused_sampling = unused_settings(config)
+        """Other settings of the generation config that `generate` of transformers would use, as `name value`."""
         self.context: int | None = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
 
     def prompts(self, file: Source, limit: int | None = None) -> list[Prompt]:
@@ -194,22 +224,51 @@ class Policy:
         return self.tokenizer.get_vocab() == other.tokenizer.get_vocab()
 
 
-def sampling_settings(folder: str, model: "PreTrainedModel") -> SamplingSettings:
-    """Sampling settings from the generation config of a folder; from the base model for an adapter without one.
-
-    Args:
-        folder: The model folder.
-        model: The loaded model.
-    """
+def _generation_config(folder: str, model: "PreTrainedModel") -> tuple["GenerationConfig", str]:
+    """Generation config of a folder, or of the base model for an adapter without one; and where it is from."""
     from transformers import GenerationConfig
 
     file = Path(folder).expanduser() / "generation_config.json"
-    own = GenerationConfig.from_pretrained(file.parent) if file.is_file() else base_of(model).generation_config
-    if own.do_sample is False:
+    if file.is_file():
+        with loading(f"the generation config of {folder!r}"):
+            return GenerationConfig.from_pretrained(file.parent), str(file)
+    return base_of(model).generation_config, f"the generation config of {folder}"
+
+
+def sampling_settings(config: "GenerationConfig", where: str) -> SamplingSettings:
+    """Sampling settings from a generation config.
+
+    Args:
+        config: The generation config.
+        where: Where it is from, for messages.
+
+    Raises:
+        ConfigError: If a setting is not a number in its range.
+    """
+    if config.do_sample is False:
         return {"temperature": 0.0}
     found: SamplingSettings = {}
     names: tuple[Literal["temperature", "top_p", "top_k", "min_p"], ...] = ("temperature", "top_p", "top_k", "min_p")
     for name in names:
-        if (value := getattr(own, name, None)) is not None:
-            found[name] = value
+        if (value := getattr(config, name, None)) is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"{where}: {name} is {value!r}; it must be a number. Correct the file")
+        found[name] = value
+    if found.get("top_k", 0) < 0:  # another way to write that there is no limit
+        found["top_k"] = 0
+    try:
+        SamplingParams(**found)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {str(error).removeprefix('sampler.')}. Correct the file") from None
     return found
+
+
+def unused_settings(config: "GenerationConfig") -> list[str]:
+    """Settings of a generation config that the samplers of this package do not follow, as `name value`."""
+    values = {name: getattr(config, name, None) for name in UNUSED_DEFAULTS}
+    return [
+        f"{name} {cut(str(value), 40)}"
+        for name, value in values.items()
+        if value not in (None, [], {}, *UNUSED_DEFAULTS[name])
+    ]

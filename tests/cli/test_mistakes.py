@@ -165,6 +165,24 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--ckpt_path", "base"], ["--ckpt_path base: this folder", "set model.model"]),
     ("sft", ["--export", "best"], ["needs a metric to compare checkpoints"]),
     ("sft", ["--monitor", "val/nll"], ["--monitor val/nll", "set data.validation"]),
+    # names of earlier versions
+    (
+        "policy",
+        ["--model.rewards", "[rlhf_lightning.rollout.rewards.LengthReward]"],
+        ["mean rlhf_lightning.rewards.length.Le"],
+    ),
+    (
+        "policy",
+        ["--model.sampler.engine", "rlhf_lightning.rollout.vllm.VLLMEngine"],
+        ["Did you mean rlhf_lightning.generation.vllm_engine.VLLMEngine?"],
+    ),
+    (
+        "policy",
+        ["--model.environment", "rlhf_lightning.rollout.tools.ToolEnv"],
+        ["Did you mean rlhf_lightning.environments.tools.ToolEnv?"],
+    ),
+    ("policy", ["--model.objective", "rlhf_lightning.objectives.policy.GRPO"], ["set --model.recipe grpo"]),
+    ("sft", ["--model.lr_scheduler", "rlhf_lightning.schedules.Warmup"], ["Did you mean rlhf_lightning.modules.sched"]),
     # policy RL
     ("policy", ["--model.rewards", "null"], ["there is no reward"]),
     ("policy", reward("ModelReward", model="./base"), ["./base is not a preference model", "random scores"]),

@@ -114,6 +114,8 @@ def test_unicode_line_separators_do_not_end_json_lines(tmp_path: Path) -> None:
         ("a.json", b"3", "contains a int"),
         ("a.json", b"[1]", r"\[0\]: the row is a int"),
         ("a.parquet", b"nonsense", "not a readable Parquet file"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n", "git lfs pull"),
+        ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:a\nsize 9\n", "git lfs pull"),
     ],
 )
 def test_malformed_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
