@@ -8,13 +8,14 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 
+from rlhf_lightning.data.ended_templates import unwrapped
 from rlhf_lightning.data.records import RowError, SkippedRow
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.rendering_settings import RenderingSettings, shared_by_all
 from rlhf_lightning.data.response_starts import ResponseStarts
 from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError
-from rlhf_lightning.types import Row
+from rlhf_lightning.types import Row, Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class RenderedData(pl.LightningDataModule):
         """The renderer with `tokenizer` or that of the trainer's module, and the settings of its model's training.
 
         Raises:
-            ConfigError: If there is no tokenizer.
+            ConfigError: If there is no tokenizer, or it differs from that of the model, which is saved with the model.
         """
         if self._renderer is None:
             tokenizer, module = self.tokenizer, self.trainer.lightning_module if self.trainer else None
@@ -60,6 +61,9 @@ class RenderedData(pl.LightningDataModule):
             rank_zero_only(asking.log)()
             own = module is None or (self.tokenizer is None and getattr(module, "own_tokenizer", True))
             self._renderer = asking.renderer(tokenizer, self._model_stops(), plain=False, own_tokenizer=own)
+            of_model = getattr(module, "tokenizer", None)
+            if self.tokenizer is not None and of_model is not None:
+                _refuse_other_tokenizer(self._renderer, of_model)
         return self._renderer
 
     def _model_stops(self) -> list[int]:
@@ -117,3 +121,20 @@ class RenderedData(pl.LightningDataModule):
         ways = "truncate or skip" if can_truncate else "skip"
         kind = SkippedRow if self.overlong == "skip" else RowError
         raise kind(f"{length} tokens exceed {name} {self.max_length}; raise it, or set data.overlong: {ways}")
+
+
+def _refuse_other_tokenizer(renderer: Renderer, of_model: Tokenizer) -> None:
+    """Raise `ConfigError` if rows are rendered with another vocabulary or template than the saved model will have."""
+    given = renderer.tokenizer
+    if given is of_model:
+        return
+    if given.get_vocab() != of_model.get_vocab():
+        what, setting = "vocabulary", "model.tokenizer"
+    elif renderer.format == "chat" and unwrapped(given.chat_template) != unwrapped(of_model.chat_template):
+        what, setting = "chat template", "model.chat_template"
+    else:
+        return
+    raise ConfigError(
+        f"data.tokenizer has another {what} than the model's tokenizer, which is saved with the model. Leave it "
+        f"out, or set {setting} instead"
+    )

@@ -175,7 +175,13 @@ class Start:
                 "files are incomplete, or config.json belongs to another model"
             )
         heads = [name for name in info["unexpected_keys"] if name.split(".")[0] in HEADS]
-        if heads and not any(name.endswith("Classification") for name in model.config.architectures or ()):
+        classifies = any(name.endswith("Classification") for name in model.config.architectures or ())
+        if heads and classifies and self.task == "CAUSAL_LM":
+            raise ConfigError(
+                f"the model {source!r} is a reward model ({heads[0]}), whose score head would be dropped; use the "
+                "language model that it was trained from"
+            )
+        if heads and not classifies:
             raise ConfigError(
                 f"the model {source!r} has a score head ({heads[0]}), but architectures in its config.json is "
                 f"{model.config.architectures}; restore the file"
@@ -237,7 +243,7 @@ def loading(what: str) -> Iterator[None]:
     except LOAD_ERRORS as error:
         reason = load_failure(error)
         if "ignore_mismatched_sizes" in reason:  # transformers lists the shapes only in its log
-            reason = "the shapes of its weights differ from config.json"
+            reason = "the shapes of its weights differ from config.json, or it is a classifier with several labels"
         remedy = "Restore its files, or use another model"
         if found := re.search(r"configuration class <class '[\w.]*\.(\w+)Config'> .*AutoModelFor(\w+)", reason):
             kinds = {"CausalLM": "causal language model", "SequenceClassification": "sequence classifier"}

@@ -1,5 +1,6 @@
 """Mistakes in a user's script with the three modules and a plain Trainer: reported before anything is trained."""
 
+import copy
 import logging
 from collections.abc import Callable
 from functools import partial
@@ -268,3 +269,27 @@ def test_rows_longer_than_the_context_are_refused_before_training(tokenizer: Any
     for module, data in runs:
         with pytest.raises(ConfigError, match=r"longest row of data.train has \d+ tokens, .* 16 positions"):
             trainer(tmp_path).fit(module, data)
+
+
+@pytest.mark.parametrize("what", ["vocabulary", "chat template"])
+def test_tokenizer_of_the_data_that_differs_from_the_saved_one_is_refused(
+    what: str, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(tokenizer)
+    if what == "vocabulary":
+        other.add_tokens(["brand-new"])
+    else:
+        other.chat_template = other.chat_template.replace("<|im_end|>", "<|im_end|>!")
+    module = SFTModule(model, tokenizer=tokenizer)
+    trainer(tmp_path, max_steps=1).fit(module, SFTDataModule(chats(8), tokenizer=copy.deepcopy(tokenizer)))
+    with pytest.raises(ConfigError, match=f"data.tokenizer has another {what} than the model's tokenizer"):
+        trainer(tmp_path, max_steps=1).fit(module, SFTDataModule(chats(8), tokenizer=other))
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(rank=2)])
+def test_reward_model_as_a_policy_is_refused(lora: LoRA | None, base: str, tmp_path: Path) -> None:
+    reward = PreferenceModule(base, lora=lora)
+    reward.configure_model()
+    reward.save_pretrained(tmp_path / "reward")
+    with pytest.raises(ConfigError, match=r"is a reward model \(score.weight\), whose score head would be dropped"):
+        trainer(tmp_path / "run").fit(SFTModule(tmp_path / "reward"), SFTDataModule(chats(8)))
