@@ -104,6 +104,21 @@ def _template(value: str) -> str:
     return text
 
 
+def conflicting_tokens(ours: Tokenizer, theirs: Tokenizer) -> list[str]:
+    """Tokens of `ours` that have another id in `theirs`, or whose id is another token there, by their id.
+
+    Tokens that only one tokenizer has are no conflict: an embedding may be padded, or resized for added tokens.
+    """
+    own, other = ours.get_vocab(), theirs.get_vocab()
+    by_id = {number: token for token, number in other.items()}
+    wrong = [
+        token
+        for token, number in own.items()
+        if by_id.get(number, token) != token or other.get(token, number) != number
+    ]
+    return sorted(wrong, key=own.__getitem__)
+
+
 def added_tokens(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Ids that a tokenizer adds before and after a text (`add_special_tokens`)."""
     for text in ("a", "1", "."):

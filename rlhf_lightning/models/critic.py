@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.models.heads import task_of
 from rlhf_lightning.models.loading import (
+    check_same_tokens,
     check_source,
     check_vocabulary,
     disable_dropout,
@@ -89,6 +90,8 @@ class Critic(Settings):
         device = next(policy.parameters()).device
         if self.shared:
             return ValueModel(None, base_of(policy).config.get_text_config().hidden_size, device)
+        if self.source is not None:
+            check_same_tokens(self.source, tokenizer, "the critic")
         backbone = self._backbone(policy, dtype)
         check_vocabulary(backbone, tokenizer, "the critic")
         disable_dropout(base_of(backbone))

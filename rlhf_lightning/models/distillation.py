@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.data.tokenizers import conflicting_tokens, load_tokenizer
 from rlhf_lightning.errors import ConfigError, check_whole, quoted
 from rlhf_lightning.files import is_url
 from rlhf_lightning.models.offload import check_place
@@ -116,6 +116,7 @@ class Distillation(Settings):
             self.device,
             self.offload,
             name="the teacher",
+            compared=True,
         )
         return Teacher(self, reference, self.temperature or temperature)
 
@@ -171,14 +172,8 @@ def check_tokenizer(source: str, tokenizer: "Tokenizer | PreTrainedTokenizerBase
     """
     other = load_tokenizer(source)
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
-    by_id = {number: token for token, number in theirs.items()}
-    wrong = [
-        token
-        for token, number in ours.items()
-        if by_id.get(number, token) != token or theirs.get(token, number) != number
-    ]
-    if wrong:
-        token = min(wrong, key=ours.__getitem__)
+    if wrong := conflicting_tokens(tokenizer, other):
+        token = wrong[0]
         raise ConfigError(
             f"the teacher {source!r} has another vocabulary than the student: {len(wrong)} of the student's "
             f"{len(ours)} tokens have another id or meaning there (for example {token!r}, {ours[token]} here and "

@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 
+from rlhf_lightning.data.tokenizers import conflicting_tokens, load_tokenizer
 from rlhf_lightning.errors import ConfigError, UserError
 from rlhf_lightning.files import adapted_base, check_model, hash_folder, read_object, read_stage, real_path, write_json
 from rlhf_lightning.gguf.folder import cache_root, model_folder
@@ -430,6 +431,32 @@ def check_vocabulary(model: "PreTrainedModel", tokenizer: Tokenizer, name: str =
             f"the tokenizer has {len(tokenizer)} tokens, but {name} has {rows} embeddings, so they do not match "
             f"(there is no embedding for {beyond[0]!r}). Use the model's own tokenizer, or a model with this "
             "vocabulary."
+        )
+
+
+def check_same_tokens(source: str, tokenizer: Tokenizer, name: str) -> None:
+    """Check that token ids mean the same to another model as to the policy.
+
+    A folder without a tokenizer cannot be compared.
+
+    Args:
+        source: Folder or Hub id of the other model.
+        tokenizer: The policy's tokenizer.
+        name: Name of the other model, for the message.
+
+    Raises:
+        ConfigError: If a token has another id there.
+    """
+    try:
+        other = load_tokenizer(source)
+    except ConfigError as error:
+        log.info("the vocabulary of %s cannot be compared with the policy's: %s", name, error)
+        return
+    if wrong := conflicting_tokens(tokenizer, other):
+        raise ConfigError(
+            f"{name} {source!r} has another vocabulary than the policy: {len(wrong)} of the policy's tokens have "
+            f"another id or meaning there (for example {wrong[0]!r}). It would read other texts; use a model with "
+            "the policy's tokenizer"
         )
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import is_url
-from rlhf_lightning.models.loading import check_vocabulary, disable_dropout, load_for_scoring
+from rlhf_lightning.models.loading import check_same_tokens, check_vocabulary, disable_dropout, load_for_scoring
 from rlhf_lightning.models.lora import is_adapted, simple
 from rlhf_lightning.models.offload import Placement
 from rlhf_lightning.models.sharding import copy_weight, full_tensor
@@ -177,6 +177,7 @@ def load_reference(
     device: str | None = None,
     offload: bool = False,
     name: str = "the reference",
+    compared: bool = False,
 ) -> Reference:
     """Load a model other than the policy as the reference.
 
@@ -188,6 +189,7 @@ def load_reference(
         device: See `Reference`.
         offload: See `Reference`.
         name: Name of the model, for messages.
+        compared: True if its vocabulary was already compared with the policy's.
 
     Raises:
         ConfigError: If the model cannot be loaded, or has another vocabulary.
@@ -197,6 +199,8 @@ def load_reference(
             f"{name} is {source!r}, but its weights must be on this machine; name a model folder or Hub id. Only the "
             "reference of policy RL (model.kl.reference) may be a server"
         )
+    if not compared:
+        check_same_tokens(source, tokenizer, name)
     model = load_for_scoring(source, "CAUSAL_LM", dtype)
     check_vocabulary(model, tokenizer, name)
     return Reference(model, max_tokens_per_batch=max_tokens_per_batch, device=device, offload=offload, separate=True)

@@ -1,7 +1,9 @@
 """Mistakes in a user's script with the three modules and a plain Trainer: reported before anything is trained."""
 
 import copy
+import json
 import logging
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,11 +25,15 @@ from rlhf_lightning import (
 )
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.lora import LoRA
+from rlhf_lightning.models.scorers import ImplicitReward
 from rlhf_lightning.modules.schedules import Warmup
 from rlhf_lightning.objectives.policy import ClippedSurrogate
 from rlhf_lightning.objectives.preference import BradleyTerry
 from rlhf_lightning.rewards import KeywordReward
+from rlhf_lightning.rollout.advantages import GAE
+from rlhf_lightning.rollout.kl import KLPenalty
 from tests.helpers.models import build_model
 from tests.helpers.rows import chats, pairs, prompts
 from tests.helpers.training import sgd, trainer
@@ -293,3 +299,21 @@ def test_reward_model_as_a_policy_is_refused(lora: LoRA | None, base: str, tmp_p
     reward.save_pretrained(tmp_path / "reward")
     with pytest.raises(ConfigError, match=r"is a reward model \(score.weight\), whose score head would be dropped"):
         trainer(tmp_path / "run").fit(SFTModule(tmp_path / "reward"), SFTDataModule(chats(8)))
+
+
+def test_other_models_of_a_stage_must_have_the_same_token_ids(base: str, tokenizer: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(base, other)
+    saved = json.loads((other / "tokenizer.json").read_text())
+    ids = saved["model"]["vocab"]
+    first, second = (token for token, number in ids.items() if number in (20, 21))
+    ids[first], ids[second] = ids[second], ids[first]
+    (other / "tokenizer.json").write_text(json.dumps(saved))
+    rewards = [KeywordReward(["one"])]
+    for module in (
+        PreferenceModule(base, scorer=ImplicitReward(reference=str(other))),
+        PolicyRLModule(base, rewards=rewards, kl=KLPenalty(0.1, reference=str(other))),
+        PolicyRLModule(base, rewards=rewards, critic=Critic(model=str(other)), advantage=GAE()),
+    ):
+        with pytest.raises(ConfigError, match="has another vocabulary than the policy: 2 of the policy's tokens"):
+            module.configure_model()
