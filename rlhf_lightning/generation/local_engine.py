@@ -371,8 +371,22 @@ class LocalEngine:
                 log.info("%s is sampled without fused products (%s)", name, reason)
             reason = self._failure()
         if reason:
+            self._check_finite(name)
             log.warning("%s is sampled with its own generate(), because it has no plain KV cache (%s)", name, reason)
         return reason is None
+
+    def _check_finite(self, name: str) -> None:
+        """Raise `ConfigError` if the model's own logits are not finite, so that no token could be sampled."""
+        if is_sharded(self.model):
+            return
+        device = next(self.model.parameters()).device
+        with torch.no_grad():
+            logits = self.model(input_ids=torch.tensor([[1, 2, 3]], device=device), use_cache=False).logits
+        if not logits.isfinite().any():
+            raise ConfigError(
+                f"all logits of {name} are NaN or infinite: its weights are damaged, or its data type is too narrow "
+                "(try float32 or bfloat16)"
+            )
 
     def _failure(self) -> str | None:
         """The reason why decoding in slots does not reproduce the model's logits; None if it does."""

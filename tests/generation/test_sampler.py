@@ -322,3 +322,10 @@ def test_prompts_shared_by_groups_of_rows_change_no_tokens(tokenizer: Any, monke
     for a, b in zip(alone, together, strict=True):
         assert a.ids == b.ids
         assert a.logprobs == pytest.approx(b.logprobs, abs=1e-9)
+
+
+def test_model_without_finite_logits_is_refused(tokenizer: Any) -> None:
+    model = build_model(tokenizer)
+    model.model.norm.weight.data[0] = float("nan")
+    with pytest.raises(ConfigError, match="all logits of Qwen3ForCausalLM are NaN or infinite"):
+        built(model, tokenizer, max_tokens=4).generate([[5, 6, 7]], [0])
