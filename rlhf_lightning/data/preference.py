@@ -193,7 +193,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         shape = {
             "pairs": ("chosen", "rejected", "margin", "tie", "score_chosen", "score_rejected"),
             "labels": ("response" if data.get("response") is not None else "completion", "label"),
-            "rankings": ("responses", "scores" if data.get("scores") is not None else "ranks"),
+            "rankings": ("responses", "scores", "ranks"),
         }
         return {"prompt", "category", *shape[kind], *SYSTEM, *TOOLS}
 

@@ -216,14 +216,27 @@ def split_ranking(data: Row) -> tuple[list[Message], list[list[Message]], list[i
 
 def _grades(data: Row, count: int) -> list[float]:
     """A number for each response, higher for better responses."""
-    for name, sign in (("scores", 1), ("ranks", -1)):
-        if (values := data.get(name)) is not None:
-            given = values if isinstance(values, list) else []
-            numbers = [v for v in given if isinstance(v, int | float) and not isinstance(v, bool) and v == v]
-            if not len(numbers) == len(given) == count:
-                raise RowError(f"{name!r} must be a list of {count} numbers, one for each response")
-            return [sign * value for value in numbers]  # not floats: JSON integers may exceed their precision
-    return [float(-i) for i in range(count)]
+    scores, ranks = _numbers(data, "scores", count), _numbers(data, "ranks", count)
+    by_rank = None if ranks is None else [-rank for rank in ranks]
+    if scores is not None and by_rank is not None:
+        orders = [[(a > b) - (a < b) for a in grades for b in grades] for grades in (scores, by_rank)]
+        if orders[0] != orders[1]:
+            raise RowError(
+                f"'scores' {scores} and 'ranks' {ranks} (0 or 1 for the best) order the responses differently; ignore "
+                "one of them with columns: {ranks: null}"
+            )
+    return scores or by_rank or [float(-i) for i in range(count)]
+
+
+def _numbers(data: Row, name: str, count: int) -> list[float] | None:
+    """The numbers in a column, one for each response; None if there is none."""
+    if (values := data.get(name)) is None:
+        return None
+    given = values if isinstance(values, list) else []
+    numbers = [v for v in given if isinstance(v, int | float) and not isinstance(v, bool) and v == v]
+    if not len(numbers) == len(given) == count:
+        raise RowError(f"{name!r} must be a list of {count} numbers, one for each response")
+    return numbers  # not floats: JSON integers may exceed their precision
 
 
 def _apart(data: Row, responses: Sequence[list[Message]]) -> tuple[list[Message], list[list[Message]]]:

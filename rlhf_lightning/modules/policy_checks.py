@@ -7,7 +7,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Stra
 from torch import nn
 
 from rlhf_lightning.data.prompts import Prompt, PromptDataModule
-from rlhf_lightning.errors import ConfigError, check_whole
+from rlhf_lightning.errors import ConfigError, DataError, check_whole
 from rlhf_lightning.generation.sampler import Sampler
 from rlhf_lightning.models.critic import Critic
 from rlhf_lightning.models.distillation import Distillation
@@ -229,6 +229,13 @@ def check_recorded(
             "whitening would change them. Record reward and group instead, or use an advantage without a critic and "
             "whitening"
         )
+    first: dict[str, Recorded] = {}
+    for row in rows:
+        if row.advantage is None and row.prompt_ids != first.setdefault(row.group, row).prompt_ids:
+            raise DataError(
+                f"{row.where}: the group {row.group!r} is also that of {first[row.group].where}, which has another "
+                "prompt. Give only the episodes of one prompt the same group"
+            )
     groups = Counter(row.group for row in rows if row.advantage is None)
     if advantage.needs_group and groups and max(groups.values()) == 1:
         raise ConfigError(

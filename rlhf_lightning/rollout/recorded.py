@@ -1,5 +1,6 @@
 """Recorded episodes: tokens sampled elsewhere, with their log-probabilities and rewards or advantages."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -40,6 +41,11 @@ class Recorded:
     def tokens(self) -> int:
         """Number of tokens of the row."""
         return len(self.training_sample.ids)
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """Tokens before the first sampled one."""
+        return self.training_sample.ids[: self.training_sample.loss_mask.index(1)]
 
     @property
     def trained(self) -> int:
@@ -87,7 +93,10 @@ def read_recorded(data: Row, vocabulary: int) -> Recorded:
     """
     if data.get("tokens") is not None:
         require(data, "tokens", "loss_mask", "logprobs")
-        ids, loss_mask = _list(data, "tokens"), [int(bool(flag)) for flag in _list(data, "loss_mask")]
+        flags = _list(data, "loss_mask")
+        if wrong := [flag for flag in flags if not isinstance(flag, bool | int | float) or flag not in (0, 1)]:
+            raise RowError(f"'loss_mask' contains {wrong[0]!r}; it must be 1 for sampled tokens, and 0 for others")
+        ids, loss_mask = _list(data, "tokens"), [int(bool(flag)) for flag in flags]
     else:
         require(data, "prompt_tokens", "response_tokens", "logprobs")
         prompt, response = _list(data, "prompt_tokens"), _list(data, "response_tokens")
@@ -114,9 +123,9 @@ def _list(data: Row, name: str) -> list[JSON]:
 
 
 def _spread(given: list[JSON], loss_mask: list[int]) -> list[float]:
-    logprobs = [float(value) for value in given if isinstance(value, int | float) and value <= 1e-3]
+    logprobs = [float(value) for value in given if isinstance(value, int | float) and -math.inf < value <= 1e-3]
     if len(logprobs) < len(given):
-        raise RowError("'logprobs' must be log-probabilities in nats, none above 0")
+        raise RowError("'logprobs' must be finite log-probabilities in nats, none above 0")
     if len(logprobs) == len(loss_mask):
         return [value * flag for value, flag in zip(logprobs, loss_mask, strict=True)]
     if len(logprobs) != sum(loss_mask):

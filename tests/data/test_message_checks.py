@@ -127,3 +127,10 @@ def test_pairs_of_dialogues_as_text_say_what_to_do(tokenizer: Any) -> None:
 def test_true_and_false_as_text_are_refused_for_a_template(tokenizer: Any) -> None:
     with pytest.raises(ConfigError, match=r"enable_thinking is the text 'False'.*write false without quotes"):
         Renderer(tokenizer, template_kwargs={"enable_thinking": "False"})
+
+
+def test_scores_and_ranks_must_agree(tokenizer: Any) -> None:
+    row = {"prompt": "Hi", "responses": ["a", "b", "c"], "scores": [3, 1, 1], "ranks": [1, 2, 2]}
+    assert text_of(PreferenceDataModule, row, tokenizer, kind="rankings").startswith("rank 0: ")
+    with pytest.raises(DataError, match=r"'scores' \[3, 1, 1\] and 'ranks' \[1, 2, 3\] .* order the responses diff"):
+        text_of(PreferenceDataModule, {**row, "ranks": [1, 2, 3]}, tokenizer, kind="rankings")

@@ -514,6 +514,8 @@ def test_recorded_episodes(base: str, tokenizer: Any, tmp_path: Path) -> None:
     [
         ({"logprobs": None}, "no 'logprobs'"),
         ({"logprobs": [0.5] * 3}, "none above 0"),
+        ({"logprobs": [-1.0, -float("inf"), -1.0]}, "must be finite log-probabilities"),
+        ({"tokens": [5, 6, 7], "loss_mask": [0, 0.5, 1]}, "'loss_mask' contains 0.5; it must be 1 for sampled tokens"),
         ({"logprobs": [-1.0]}, "'logprobs' has 1 entries; it must have one per sampled token"),
         ({"response_tokens": [10**6] * 3}, "token 1000000 is not in the vocabulary"),
         ({"reward": None}, "no 'reward'"),
@@ -524,6 +526,15 @@ def test_malformed_episodes(change: dict[str, Any], message: str, base: str, tmp
     row = {"prompt_tokens": [5, 6], "response_tokens": [7, 8, 9], "logprobs": [-1.0] * 3, "reward": 1.0, "group": 0}
     with pytest.raises(UserError, match=message):
         trainer(tmp_path).fit(make("policy", base, rewards=[]), PromptDataModule(episodes=[{**row, **change}]))
+
+
+def test_group_of_episodes_with_different_prompts_is_refused(base: str, tmp_path: Path) -> None:
+    row = {"prompt_tokens": [5, 6], "response_tokens": [7, 8, 9], "logprobs": [-1.0] * 3, "reward": 1.0, "group": 0}
+    rows = [row, {**row, "reward": 0.0}, {**row, "prompt_tokens": [5, 7]}]
+    with pytest.raises(
+        UserError, match=r"list\[2\]: the group '0' is also that of list\[0\], which has another prompt"
+    ):
+        trainer(tmp_path).fit(make("policy", base, rewards=[]), PromptDataModule(episodes=rows))
 
 
 @pytest.mark.parametrize(
