@@ -40,10 +40,11 @@ class MessageChecks:
         with suppress(RowError):  # the template expects other messages
             turn = template.render([{"role": "user", "content": _WORD}])
         opening, _, _ = turn.partition(_WORD)
-        self._openers = tuple(marker for marker in template.markers if marker in opening)
+        markers = [marker for marker in template.markers if marker.strip()]
+        self._openers = tuple(marker for marker in markers if marker in opening)
         """Special tokens that the template writes before the text of a user's message."""
         # Thoughts and calls are often written into the content of an answer, with their special tokens.
-        controls = [marker for marker in template.markers if marker and not _IN_ANSWERS.search(marker)]
+        controls = [marker for marker in markers if not _IN_ANSWERS.search(marker)]
         self._control = re.compile("|".join(map(re.escape, controls))) if controls else None
         self._told: set[str] = set()
 
