@@ -32,6 +32,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import (
 )
 
 from rlhf_lightning.errors import ConfigError, UserError
+from rlhf_lightning.sys_exit import is_library
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -470,14 +471,14 @@ def _place(thread: int | None) -> str:
     """Code location of a thread: the innermost frame outside libraries."""
     frame: FrameType | None = sys._current_frames().get(thread or 0)
     innermost = frame
-    while frame is not None and _is_library(frame.f_code.co_filename):
+    while frame is not None and _in_library(frame.f_code.co_filename):
         frame = frame.f_back
     frame = frame or innermost
     return f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}" if frame else ""
 
 
-def _is_library(file: str) -> bool:
-    return "site-packages" in file or file.startswith(("<", str(Path(os.__file__).parent)))
+def _in_library(file: str) -> bool:
+    return is_library(file) or file.startswith(("<", str(Path(os.__file__).parent)))
 
 
 def _listen(host: str) -> socket.socket:

@@ -6,6 +6,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 _state = {"watched": False, "asked": False}
 """`watched`: True while a command handles stop signals. `asked`: True once it received one."""
-_OURS = (str(Path(__file__).parent), *(sysconfig.get_path(name) for name in ("purelib", "platlib")))
+_OURS = (
+    str(Path(__file__).parent),
+    *(sysconfig.get_path(name) for name in ("purelib", "platlib")),
+    # It ends the program after --help and --print_config, and may be installed in a folder of any name.
+    *(getattr(find_spec("jsonargparse"), "submodule_search_locations", None) or ()),
+)
 _STANDARD = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"), "<frozen")
 
 
@@ -88,7 +94,12 @@ def _is_sent() -> bool:
 
 
 def _is_standard(file: str) -> bool:
-    return file.startswith(_STANDARD) and not file.startswith(_OURS)  # site-packages is inside stdlib
+    return file.startswith(_STANDARD) and not is_library(file)  # site-packages is inside stdlib
+
+
+def is_library(file: str) -> bool:
+    """True for a file of this package or of an installed one, also one of another environment or of the system."""
+    return file.startswith(_OURS) or not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def raised_at(error: BaseException) -> traceback.FrameSummary | None:
@@ -100,7 +111,7 @@ def raised_at(error: BaseException) -> traceback.FrameSummary | None:
 def user_line(error: BaseException) -> str:
     """` (FILE:LINE in FUNCTION)` of the user code that raised an exception; empty if other code raised it."""
     last = raised_at(error)
-    if last is None or last.filename.startswith(_OURS):
+    if last is None or is_library(last.filename):
         return ""
     return f" ({last.filename}:{last.lineno} in {last.name})"
 

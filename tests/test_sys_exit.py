@@ -5,10 +5,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonargparse
 import pytest
 import yaml
 
 from rlhf_lightning.cli.user_code import UserFolder
+from rlhf_lightning.sys_exit import exit_of_user_code
 from tests.helpers.cli import stage_config
 from tests.helpers.fuzzing import refused, rlhf
 from tests.helpers.rows import prompts, write_rows
@@ -109,3 +111,19 @@ def test_exit_in_the_judge_of_a_command(
     rows = write_rows(tmp_path / "prompts.jsonl", prompts(2))
     result = rlhf("evaluate", base, rows, "--gold", "leaving.reward", "--max_tokens", "4")
     assert "ProgramExit: sys.exit(3)" in refused(result, "leaving.py:8")
+
+
+@pytest.mark.parametrize(
+    ("file", "theirs"),
+    [
+        ("/usr/lib/python3/dist-packages/lightning/cli.py", False),
+        ("/home/user/.local/lib/python3.11/site-packages/lightning/cli.py", False),
+        (jsonargparse.__file__, False),
+        ("/home/user/project/rewards.py", True),
+    ],
+)
+def test_an_exit_of_a_library_is_one_of_the_command_wherever_it_is_installed(file: str, theirs: bool) -> None:
+    try:
+        exec(compile("raise SystemExit(0)", file, "exec"), {})
+    except SystemExit as error:
+        assert (exit_of_user_code(error) is not None) == theirs
