@@ -30,7 +30,7 @@ def files(tmp_path: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.usefixtures("forked_stages")
 @pytest.mark.parametrize("recipe", [*RECIPES, "mint_generative"])
 def test_a_recipe_on_a_pretrained_model(recipe: str, model: str, files: dict[str, str], tmp_path: Path) -> None:

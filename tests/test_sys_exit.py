@@ -123,7 +123,6 @@ def test_exit_in_the_judge_of_a_command(
     ],
 )
 def test_an_exit_of_a_library_is_one_of_the_command_wherever_it_is_installed(file: str, theirs: bool) -> None:
-    try:
+    with pytest.raises(SystemExit) as caught:
         exec(compile("raise SystemExit(0)", file, "exec"), {})
-    except SystemExit as error:
-        assert (exit_of_user_code(error) is not None) == theirs
+    assert (exit_of_user_code(caught.value) is not None) == theirs
