@@ -243,6 +243,11 @@ def check_arguments(
                 f"model.model_options: {name} is fixed, because a preference model has one score per response; leave "
                 "it out"
             )
+    if not isinstance(trust := options.get("trust_remote_code", False), bool):
+        raise ConfigError(
+            f"model.model_options: trust_remote_code is {trust!r}; it must be true or false, without quotes (any text, "
+            "also 'false', would run the code)"
+        )
     if isinstance(options.get("device_map"), str):
         raise ConfigError(
             "model.model_options: leave out device_map; the Trainer places the model (trainer.devices, "

@@ -53,6 +53,11 @@ ARGUMENTS: list[tuple[str, Callable[[], Any], list[str]]] = [
     ("a schedule's name", lambda: SFTModule("m", lr_scheduler="cosine"), ["model.lr_scheduler is 'cosine'", "Warmup("]),
     ("options as text", lambda: SFTModule("m", model_options="x"), ["model.model_options is 'x'"]),
     ("dtype twice", lambda: SFTModule("m", model_options={"torch_dtype": "auto"}), ["model.dtype: auto"]),
+    (
+        "trust as text",
+        lambda: SFTModule("m", model_options={"trust_remote_code": "false"}),
+        ["trust_remote_code is 'false'; it must be true or false, without quotes"],
+    ),
     ("device_map", lambda: SFTModule("m", model_options={"device_map": "auto"}), ["the Trainer places the model"]),
     (
         "labels",
