@@ -56,7 +56,7 @@ class MessageChecks:
                 return (
                     f"the text of role {message['role']!r} begins with special tokens of the chat template "
                     f"({cut(text.lstrip(), 40)!r}), so it was already rendered, and would be rendered twice. Give "
-                    "messages without them, or set data.format: raw"
+                    "messages without them, or set format: raw"
                 )
         return None
 
@@ -82,7 +82,7 @@ class MessageChecks:
                 f"the text of a message contains the special token {token[0]!r} "
                 f"({cut(text[max(0, token.start() - 30) :], 60)!r}). There it may end a turn, and at the end of an "
                 "answer the end of the turn is trained twice. Remove it unless that is intended; if the texts are "
-                "already rendered, set data.format: raw",
+                "already rendered, set format: raw",
             )
         for key in message.keys() - KEYS:
             if message.get(key) not in (None, "", [], {}) and key not in self._source:

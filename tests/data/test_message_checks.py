@@ -31,7 +31,7 @@ def text_of(module: type, row: dict[str, Any], tokenizer: Any, **settings: Any) 
     ],
 )
 def test_text_that_was_already_rendered_is_refused_with_a_template(tokenizer: Any, module: type, row: Any) -> None:
-    with pytest.raises(DataError, match=r"list\[0\]: .*already rendered.*data.format: raw"):
+    with pytest.raises(DataError, match=r"list\[0\]: .*already rendered.*set format: raw"):
         text_of(module, row, tokenizer)
     if "messages" not in row:
         assert RENDERED in text_of(module, row, tokenizer, format="raw").replace("⟦", "")
