@@ -1,5 +1,6 @@
 """Scores texts or tokens with a scorer: in the preference module, in user code, and as a reward."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -20,6 +21,7 @@ from rlhf_lightning.models.reference import load_reference
 from rlhf_lightning.models.scorers import LoadedModel, ModelScorer, padded_batches, recorded_reference, scorer_of
 from rlhf_lightning.types import JSON, Message, ToolSchema
 
+log = logging.getLogger(__name__)
 Text = str | list[Message]
 TokenRow = tuple[list[int], list[int]]
 """Token ids and mask of a row; the mask is 1 on the response."""
@@ -151,6 +153,13 @@ class RewardModel(nn.Module):
         self.tokenizer = load_tokenizer(folder)
         self.asking = RenderingSettings.of(folder, **(asked or {}))
         self.renderer = self.asking.renderer(self.tokenizer)
+        if self.renderer.format == "raw" and "format" not in {**self.asking.record, **self.asking.given}:
+            log.warning(
+                "the tokenizer of the reward model %s has no chat template, so it scores the texts of a conversation "
+                "one after another, without roles. If it was trained with a template, save that as chat_template.jinja "
+                "in the folder",
+                folder,
+            )
         disable_dropout(self.model)
         self.renderer.also_stop_at(end_token_ids(folder, self.tokenizer))
         # Before the vocabulary check, because `RewardHead` adds the padding token that its tokenizer was saved with.

@@ -185,3 +185,15 @@ def test_other_reward_models_are_scored_at_the_end_of_the_template(name: str, to
     ]
     sampled = judge.score_tokens([row.ids for row in rows], [row.loss_mask for row in rows])
     torch.testing.assert_close(sampled, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_reward_model_without_a_template_gives_a_warning(tokenizer: Any, tmp_path: Path, caplog: Any) -> None:
+    saved(tokenizer, tmp_path, None).save_pretrained(tmp_path / "model")
+    RewardModel(str(tmp_path / "model"))
+    assert "has no chat template" not in caplog.text
+    model = build_model(tokenizer, architecture="llama", task="SEQ_CLS")
+    model.save_pretrained(tmp_path / "other")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "other")
+    RewardModel(str(tmp_path / "other"))
+    assert caplog.text.count("has no chat template, so it scores the texts of a conversation") == 1
