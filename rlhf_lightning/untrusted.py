@@ -12,6 +12,7 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser  # type: ignore[attr-defined]
 from typing import Any
@@ -77,6 +78,8 @@ def load_failure(error: BaseException) -> str:
     """The reason why a library could not load a model or a tokenizer, in one line."""
     if "trust_remote_code" in str(error):
         return "it needs custom code; to run that code, set model.model_options: {trust_remote_code: true}"
+    if isinstance(error, UnpicklingError | EOFError):  # the message of torch advises to run the file's code
+        return "a .bin file is damaged, or contains other objects than weights, which could run code"
     return first_line(error)
 
 

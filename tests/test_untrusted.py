@@ -289,6 +289,24 @@ def test_pointer_of_git_lfs_is_refused(file: str, base: str) -> None:
         Start(base).load()
 
 
+@pytest.mark.parametrize("content", [pickle.dumps({"a": Path("x")}), b"nonsense", b""])
+@pytest.mark.parametrize("task", ["CAUSAL_LM", None])
+def test_adapter_file_that_is_not_of_weights_is_refused(content: bytes, task: str | None, adapter: Path) -> None:
+    changed(adapter, "adapter_config.json", lambda config: config.update(task_type=task))
+    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / "adapter_model.bin").write_bytes(content)
+    with pytest.raises(ConfigError, match="file is damaged, or contains other objects than weights"):
+        Start(str(adapter)).load()
+
+
+def test_model_file_that_is_not_of_weights_is_refused(base: str) -> None:
+    (Path(base) / "model.safetensors").unlink()
+    (Path(base) / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Path("x")}) + bytes(10**6))
+    with pytest.raises(ConfigError, match="cannot be loaded") as caught:
+        Start(base).load()
+    assert "weights_only" not in str(caught.value)
+
+
 def test_pickle_named_safetensors_is_refused(base: str, tmp_path: Path) -> None:
     (Path(base) / "model.safetensors").write_bytes(pickle.dumps({"a": 1}))
     with pytest.raises(ConfigError, match="cannot be loaded"):

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,6 +54,8 @@ LOAD_ERRORS = (
     RuntimeError,
     SafetensorError,
     StrictDataclassError,
+    UnpicklingError,
+    EOFError,
 )
 
 UNREACHED = re.compile(
@@ -285,7 +288,8 @@ def adapter_task(config: "PeftConfig", folder: Path | str) -> str:
         ConfigError: If it is an adapter for another task.
     """
     if config.task_type is None:
-        heads = {part for name in adapter_shapes(folder) for part in name.split(".") if part in HEADS}
+        with loading(f"the adapter {str(folder)!r}"):
+            heads = {part for name in adapter_shapes(folder) for part in name.split(".") if part in HEADS}
         return "SEQ_CLS" if heads else "CAUSAL_LM"
     task = str(getattr(config.task_type, "value", config.task_type))
     if task not in AUTO_CLASSES:
