@@ -4,7 +4,8 @@ import gc
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,22 +46,40 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def process() -> Iterator[None]:
-    """What a run leaves behind in a process that goes on would reach the next one.
+@contextmanager
+def process_restored() -> Iterator[None]:
+    """Restore what a run leaves behind, which would reach the next one in the same process.
 
-    Lightning's launcher sets variables by which a run takes itself for one of several ranks; a run that was signaled
-    ignores further signals.
+    Lightning's launcher sets variables by which a run takes itself for one of several ranks; `seed_everything` sets one
+    from which the ranks of every later run seed themselves again; a run that was signaled ignores further signals.
     """
     variables = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    if os.environ != variables:
-        os.environ.clear()
-        os.environ.update(variables)
-    for number, handler in handlers.items():
-        if handler is not None and signal.getsignal(number) != handler:
-            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        if os.environ != variables:
+            os.environ.clear()
+            os.environ.update(variables)
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def process() -> Iterator[None]:
+    """Restore the process after a test."""
+    with process_restored():
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_fixture_setup(fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
+    """Restore the process after the setup of a wider fixture, which comes before `process`."""
+    if fixturedef.scope == "function":
+        return (yield)
+    with process_restored():
+        return (yield)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
