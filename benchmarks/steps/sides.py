@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT_OF_MEMORY = "out of memory"
 ROWWISE = ("sft", "reward", "dpo")
 """Tasks for which TRL can use micro-batches."""
+WARM_UP = 2
+"""Number of steps before the timed ones: the second still needs new memory, beside the first one's optimizer state."""
 
 
 class OutOfMemory(Exception):
@@ -74,7 +76,7 @@ class Side:
 
 
 def compare(task: str, ours: Side, theirs: Side, repeats: int, steps: int, batch: int) -> dict[str, Any]:
-    """Median times of a task on both sides, measured in turns; the first step of every turn is a warm-up.
+    """Median times of a task on both sides, measured in turns; the first steps of every turn are a warm-up.
 
     A side that runs out of memory has None instead of seconds.
     """
@@ -83,9 +85,9 @@ def compare(task: str, ours: Side, theirs: Side, repeats: int, steps: int, batch
     rates = []
     for _ in range(repeats):
         rates.append(ours.ask(task="matmul"))
-        _turn(seconds, "ours", ours, task=task, steps=steps + 1)
+        _turn(seconds, "ours", ours, task=task, steps=steps + WARM_UP)
         for m in micros:
-            _turn(seconds, f"trl {m or 'whole'}", theirs, task=task, steps=steps + 1, micro=m)
+            _turn(seconds, f"trl {m or 'whole'}", theirs, task=task, steps=steps + WARM_UP, micro=m)
     needed, rate = ours.ask(task="rows", of=task), statistics.median(rates)
     found = {name: statistics.median(values) if values else None for name, values in seconds.items()}
     mine, whole = found["ours"], found["trl whole"]
@@ -120,6 +122,6 @@ def _turn(seconds: dict[str, list[float] | None], name: str, side: Side, **comma
     if (values := seconds[name]) is None:
         return
     try:
-        values += side.ask(**command)[1:]
+        values += side.ask(**command)[WARM_UP:]
     except OutOfMemory:
         seconds[name] = None
