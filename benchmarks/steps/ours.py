@@ -59,11 +59,12 @@ def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
     """Module and data of a task."""
     rows = {"batch_size": work.batch, "max_length": MAX_LENGTH, "show_example": False}
     if task == "sft":
-        return SFTModule(folder, dtype=work.dtype), SFTDataModule(work.conversations(), **rows)
+        return SFTModule(folder, dtype=work.dtype, compile=work.compile), SFTDataModule(work.conversations(), **rows)
     if task == "rl":
         module = PolicyRLModule(
             folder,
             dtype=work.dtype,
+            compile=work.compile,
             rewards=[FunctionReward(vowels)],
             kl=KLPenalty(0.04, place="loss"),
             sampler=Sampler(max_tokens=work.new_tokens, cuda_graphs=work.cuda_graphs),
@@ -71,7 +72,7 @@ def parts(task: str, folder: str, work: Workload) -> tuple[Any, Any]:
         sizes = {"prompts_per_round": work.groups, "group_size": work.group_size, "minibatches": 1}
         return module, PromptDataModule(work.prompts(), max_prompt_tokens=MAX_LENGTH, show_example=False, **sizes)
     scorer = RewardHead() if task == "reward" else ImplicitReward(beta=0.1)
-    module = PreferenceModule(folder, scorer=scorer, dtype=work.dtype)
+    module = PreferenceModule(folder, scorer=scorer, dtype=work.dtype, compile=work.compile)
     return module, PreferenceDataModule(work.pairs(), **rows)
 
 

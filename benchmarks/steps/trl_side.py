@@ -57,6 +57,7 @@ def _trainer(task: str, folder: str, work: Workload, steps: int, micro: int, tim
         "output_dir": str(Path(folder).parent / "trl"),
         "use_cpu": work.device == "cpu",
         "bf16": work.bf16,
+        "torch_compile": work.compile,
         "gradient_checkpointing": False,  # TRL's default, slower
         "num_train_epochs": steps,
         "max_steps": steps,

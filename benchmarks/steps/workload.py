@@ -134,6 +134,7 @@ class Workload:
     generate_batch: int = 32
     bf16: bool = False
     bf16_weights: bool = False  # also weights and optimizer, not only the computation under autocast
+    compile: bool = False  # both sides' layers, with `torch.compile`
     device: str = "cpu"
     cuda_graphs: bool = False
     tokenizer: str = ""

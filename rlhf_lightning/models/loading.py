@@ -30,7 +30,6 @@ from rlhf_lightning.models.base_weights import (
     untie,
 )
 from rlhf_lightning.models.lora import HEADS, LoRA, base_of, is_quantized
-from rlhf_lightning.models.sharding import layers_of
 from rlhf_lightning.types import JSON, Tokenizer
 from rlhf_lightning.untrusted import check_files, load_failure, refuse_chain
 
@@ -488,18 +487,3 @@ def disable_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout_p", "resid_dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def compile_layers(model: nn.Module, backend: str = "inductor") -> None:
-    """Compile each decoder layer separately: one graph serves all of them, and weights keep their names.
-
-    Raises:
-        ConfigError: If the stack of decoder layers is not found.
-    """
-    layers = layers_of(model)
-    if not layers:
-        raise ConfigError(
-            f"model.compile: no stack of decoder layers was found in {type(base_of(model)).__name__}; set it to false"
-        )
-    for layer in layers:
-        layer.compile(dynamic=True, backend=backend)

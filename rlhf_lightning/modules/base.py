@@ -27,9 +27,10 @@ from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.files import FORMAT, check_format
 from rlhf_lightning.gguf.folder import model_folder, names_gguf
 from rlhf_lightning.models.base_weights import check_trainable
+from rlhf_lightning.models.compiled_layers import CompileTimer, compile_layers
 from rlhf_lightning.models.distillation import Distillation, Teacher
 from rlhf_lightning.models.generation import end_token_ids
-from rlhf_lightning.models.loading import Start, check_source, check_vocabulary, compile_layers
+from rlhf_lightning.models.loading import Start, check_source, check_vocabulary
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.memory import checkpoint_layers, trained
 from rlhf_lightning.models.offload import ActivationOffload
@@ -138,6 +139,7 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
         self.activation_offload, self.compiles_layers = activation_offload, compile
+        self._compile_timer: CompileTimer | None = None
         self.memory_limit = check_memory_limit(memory_limit, gradient_checkpointing, activation_offload)
         if max_empty_steps is not None:
             check_whole("model.max_empty_steps", max_empty_steps)
@@ -253,7 +255,8 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
         if self.compiles_layers:
             if self._device_mesh is not None and self._device_mesh["tensor_parallel"].size() > 1:
                 raise ConfigError("model.compile is untested with tensor parallelism. Turn one of them off")
-            compile_layers(self.model)
+            device = self.device if self._trainer is None else self._trainer.strategy.root_device
+            self._compile_timer = compile_layers(self.model, device)
         if self._device_mesh is not None:
             # Heads first. Each is a separate FSDP group, because all weights of a group share one data type.
             for model in (*self.heads(), *self.modules_to_shard()):
@@ -450,6 +453,10 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
 
     def on_train_batch_start(self, batch: Columns, batch_idx: int) -> None:
         check_batch(batch, self.requires, type(self).__name__)
+
+    def on_train_batch_end(self, outputs: Any, batch: Columns, batch_idx: int) -> None:
+        if self._compile_timer and (seconds := self._compile_timer.lap()):
+            log.info("model.compile: %.0f s of step %d went into compiling", seconds, self.global_step)
 
     def on_validation_batch_start(self, batch: Columns, batch_idx: int, dataloader_idx: int = 0) -> None:
         if self.measures_batches:

@@ -5,14 +5,15 @@ import multiprocessing
 from functools import partial
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.sampler import Sampler
+from rlhf_lightning.models.compiled_layers import compile_layers
 from rlhf_lightning.models.last_layer import KeptLayout
-from rlhf_lightning.models.loading import compile_layers
 from rlhf_lightning.models.logits import TokenLogprobsFunction
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.packed_forward import PackedForward
@@ -375,6 +376,50 @@ def test_compiled_layers_give_the_same_weights(
     assert wanted.keys() == found.keys(), "compiling must not rename weights"
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_rows_of_new_lengths_compile_nothing_after_two_steps(
+    base: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    from rlhf_lightning import SFTDataModule
+
+    class Graphs(pl.Callback):
+        def __init__(self) -> None:
+            self.counts: list[int] = []
+            self.tokens: set[int] = set()
+
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.counts.append(counter.frame_count)
+            self.tokens.add(int(batch["lengths"].sum()))
+
+    counter, graphs = CompileCounter(), Graphs()
+    monkeypatch.setattr("rlhf_lightning.modules.base.compile_layers", partial(compile_layers, backend=counter))
+    torch.compiler.reset()
+    module = SFTModule(base, compile=True)
+    caplog.set_level(logging.INFO, "rlhf_lightning")
+    trainer(tmp_path, max_steps=6, callbacks=[graphs]).fit(module, SFTDataModule(chats(12), batch_size=2))
+    assert len(graphs.tokens) > 3
+    assert counter.frame_count > 0
+    assert graphs.counts[1:] == [counter.frame_count] * 5
+    logged = [message.partition(" s of ")[2] for message in caplog.messages if "went into compiling" in message]
+    assert logged[0] == "step 1 went into compiling"
+    assert len(logged) <= 2
+
+
+def test_layers_run_uncompiled_without_a_compiler(
+    base: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    import torch._inductor.config as inductor
+
+    wanted = trained("sft", base, tmp_path)
+    torch.compiler.reset()
+    monkeypatch.delenv("CXX", raising=False)
+    with inductor.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
+        found = trained("sft", base, tmp_path, compile=True)
+    assert [record for record in caplog.messages if "the layers run uncompiled" in record and "g++" in record]
+    assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
 @pytest.mark.parametrize("kind", ["sft", "reward", "dpo"])
