@@ -2,13 +2,21 @@
 
 import logging
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.models.backbone import in_mode
 from rlhf_lightning.models.loading import adapter_config, adapter_task, is_adapter, loading
 from rlhf_lightning.models.lora import HEADS, base_of
+from rlhf_lightning.models.packed_forward import FAILURES
+from rlhf_lightning.models.sharding import run_unsharded
 from rlhf_lightning.types import Tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 log = logging.getLogger(__name__)
 
@@ -23,6 +31,43 @@ def find_head(model: nn.Module) -> nn.Module:
         if isinstance(head := getattr(model, name, None), nn.Module):
             return head
     raise ConfigError(f"{type(model).__name__} has no known score head; set model.scorer to SequenceLogprob")
+
+
+@torch.no_grad()
+def check_head(model: "PreTrainedModel") -> None:
+    """Check numerically that a classifier's output is its head at the last token, which is where scores are read.
+
+    Encoders pool the first token or all of them, and some heads are more than a layer.
+
+    Args:
+        model: A Hugging Face sequence classifier, without a `PeftModel` around it.
+
+    Raises:
+        ConfigError: If it computes its output in another way, or has several labels.
+    """
+    embeddings, head = model.get_input_embeddings(), find_head(model)
+    numbers = [number * 7919 % embeddings.weight.shape[0] for number in range(1, 13)]
+    padding = model.config.get_text_config().pad_token_id
+    ids = torch.tensor([[number for number in numbers if number != padding][:6]], device=embeddings.weight.device)
+
+    dtype = next(head.parameters()).dtype
+    # The head may be wider than the rest of the model (see `HeadScores`).
+    cast = head.register_forward_pre_hook(lambda module, args: args[0].to(dtype))
+    try:
+        with in_mode(model, training=False), torch.autocast(ids.device.type, enabled=False):
+            ours = run_unsharded(model, lambda: head(model.base_model(input_ids=ids)[0][:, -1]))
+            theirs: Tensor = model(input_ids=ids).logits
+        agree = ours.shape == theirs.shape == (1, 1) and torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2)
+    except FAILURES:
+        agree = False
+    finally:
+        cast.remove()
+    if not agree:
+        raise ConfigError(
+            f"{type(model).__name__} is no reward model of a supported kind: its output is not one number, computed by "
+            f"its head ({type(head).__name__}) from the last hidden state of the last token, as that of causal models "
+            "is. Use a reward model made from a causal language model"
+        )
 
 
 def has_head(source: str, trust_remote_code: bool = False) -> bool:
@@ -46,6 +91,11 @@ def init_head(model: nn.Module) -> None:
     head = find_head(base_of(model))
     # peft keeps the head twice, the loaded and the trained one; both get the same weights.
     layers = [module for module in head.modules() if isinstance(module, nn.Linear)]
+    if len({layer.weight.shape for layer in layers}) != 1:
+        raise ConfigError(
+            f"the score head of {type(base_of(model)).__name__} ({type(head).__name__}) is not a linear layer; start "
+            "from a causal language model"
+        )
     nn.init.normal_(layers[0].weight, std=(layers[0].in_features + 1) ** -0.5)
     for layer in layers:
         layer.load_state_dict({"weight": layers[0].weight}, strict=False)

@@ -4,7 +4,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,7 +117,7 @@ class Start:
             return model
         folder = check_source(self.source, self.options)
         if not is_adapter(folder):
-            return self._with_lora(self._pretrained(folder))
+            return self._with_lora(self._pretrained(folder, whole=True))
         return self._from_adapter(Path(folder), workdir)
 
     @property
@@ -150,7 +150,8 @@ class Start:
         _write_once(merged, workdir / "merged", folder)
         return self._with_lora(self._pretrained(str(workdir / "merged")))
 
-    def _pretrained(self, source: str) -> "PreTrainedModel":
+    def _pretrained(self, source: str, whole: bool = False) -> "PreTrainedModel":
+        """Load a model folder or Hub id; `whole` is False for the base of an adapter that may bring the score head."""
         import transformers
 
         auto = getattr(transformers, AUTO_CLASSES[self.task])
@@ -177,19 +178,46 @@ class Start:
                 f"the model {source!r} is missing {len(missing)} weights (for example {sorted(missing)[0]}): its "
                 "files are incomplete, or config.json belongs to another model"
             )
-        heads = [name for name in info["unexpected_keys"] if name.split(".")[0] in HEADS]
-        classifies = any(name.endswith("Classification") for name in model.config.architectures or ())
-        if heads and classifies and self.task == "CAUSAL_LM":
-            raise ConfigError(
-                f"the model {source!r} is a reward model ({heads[0]}), whose score head would be dropped; use the "
-                "language model that it was trained from"
-            )
-        if heads and not classifies:
-            raise ConfigError(
-                f"the model {source!r} has a score head ({heads[0]}), but architectures in its config.json is "
-                f"{model.config.architectures}; restore the file"
-            )
+        self._check_head(source, model.config.architectures or [], info["unexpected_keys"], info["missing_keys"], whole)
         return model
+
+    def _check_head(
+        self, source: str, architectures: list[str], unused: Iterable[str], missing: Iterable[str], whole: bool
+    ) -> None:
+        """Raise `ConfigError` if files and config disagree about a score head, or the task would drop it.
+
+        Args:
+            source: The model's folder or Hub id.
+            architectures: Those of its config.
+            unused: Weights in its files that the model does not have.
+            missing: Weights of the model that its files do not have.
+            whole: The files must have the head, because no adapter brings it.
+        """
+        heads = [name for name in sorted(unused) if name.split(".")[0] in HEADS]
+        lacking = [name for name in sorted(missing) if name.split(".")[0] in HEADS]
+        if not any(name.endswith("Classification") for name in architectures):
+            if heads:
+                raise ConfigError(
+                    f"the model {source!r} has a score head ({heads[0]}), but architectures in its config.json is "
+                    f"{architectures}; restore the file"
+                )
+        elif self.task != "SEQ_CLS":
+            if heads:
+                raise ConfigError(
+                    f"the model {source!r} is a reward model ({heads[0]}), whose score head would be dropped; use the "
+                    "language model that it was trained from"
+                )
+        elif lacking and whole:
+            others = f"; weights that are not used: {', '.join(sorted(unused)[:3])}" if unused else ""
+            raise ConfigError(
+                f"the reward model {source!r} has no weights named {lacking[0]}, which is its score head{others}. A "
+                "new head would give random scores: restore the files, or rename the weight of the head in them"
+            )
+        elif heads:
+            raise ConfigError(
+                f"transformers does not load {heads[0]} of the reward model {source!r}, so its scores would differ "
+                f"from those of its author. Remove {heads[0]} from its files to use it without"
+            )
 
     def _with_lora(self, model: nn.Module) -> nn.Module:
         if self.lora is None:
@@ -409,7 +437,8 @@ def load_for_scoring(folder: str, task: str, dtype: str = "float32") -> "PreTrai
     """
     if not is_adapter(folder):
         return Start(folder, task, dtype=dtype).load().eval()
-    base = Start(adapter_base(Path(folder)), task, dtype=dtype).load()
+    source = adapter_base(Path(folder))
+    base = Start(source, task, dtype=dtype)._pretrained(source)
     return with_adapter(base, folder).eval()
 
 

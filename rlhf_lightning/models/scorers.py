@@ -14,7 +14,7 @@ from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.distributed import even_chunks, safe_point
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.files import MODEL_CONFIGS, read_stage, real_path
-from rlhf_lightning.models.heads import find_head, pad_token
+from rlhf_lightning.models.heads import check_head, find_head, pad_token
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.packing import prefix_lengths
@@ -348,6 +348,7 @@ class HeadScores(ModelScorer):
 
     def __init__(self, loaded: LoadedModel, last_k: int) -> None:
         base, tokenizer = base_of(loaded.model), loaded.tokenizer
+        check_head(base)
         super().__init__(PackedForward(loaded.model, base.base_model, loaded.max_tokens_per_batch))
         self.head, self.last_k = find_head(base), last_k
         if next(self.head.parameters()).dtype in NARROW:

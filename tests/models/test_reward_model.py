@@ -15,6 +15,7 @@ from rlhf_lightning.data.ended_templates import ended, unwrapped
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.data.templates import ChatTemplate
 from rlhf_lightning.data.tokenizers import load_tokenizer
+from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.models.export import export_model
 from rlhf_lightning.models.lora import LoRA
 from rlhf_lightning.models.reward_model import RewardModel
@@ -197,3 +198,67 @@ def test_reward_model_without_a_template_gives_a_warning(tokenizer: Any, tmp_pat
     tokenizer.save_pretrained(tmp_path / "other")
     RewardModel(str(tmp_path / "other"))
     assert caplog.text.count("has no chat template, so it scores the texts of a conversation") == 1
+
+
+CLASSIFIERS = {
+    "bert": {},
+    "roberta": {},
+    "deberta-v2": {},
+    "modernbert": {"global_attn_every_n_layers": 1},
+    "distilbert": {"dim": 32, "n_heads": 4, "n_layers": 2, "hidden_dim": 48},
+    "t5": {"d_model": 32, "num_layers": 1, "num_heads": 4, "d_ff": 48, "d_kv": 8, "decoder_start_token_id": 0},
+}
+"""Architectures whose classifiers do not read the last token."""
+
+
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_classifiers_that_do_not_read_the_last_token_are_refused(
+    architecture: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ids = {"vocab_size": len(tokenizer), "pad_token_id": 0, "eos_token_id": tokenizer.eos_token_id, "num_labels": 1}
+    config = AutoConfig.for_model(architecture, **{**sizes, **ids, **CLASSIFIERS[architecture]})
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="is no reward model of a supported kind"):
+        RewardModel(str(tmp_path))
+
+
+def test_training_does_not_start_from_an_encoder(tokenizer: Any, tmp_path: Path) -> None:
+    from transformers import RobertaConfig, RobertaModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    RobertaModel(RobertaConfig(vocab_size=len(tokenizer), pad_token_id=0, **sizes)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"RobertaClassificationHead.* is not a linear layer"):
+        PreferenceModule(str(tmp_path)).configure_model()
+
+
+def test_head_wider_than_the_model_is_accepted(tokenizer: Any) -> None:
+    """A reward model in bfloat16 has its head in float32 after it was used once."""
+    model = build_model(tokenizer, architecture="llama", task="SEQ_CLS").bfloat16()
+    for _ in range(2):
+        PreferenceModule(model, tokenizer=tokenizer).configure_model()
+        assert model.score.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", ["v_head.weight", "reward_head.weight", "score.0.weight", "classifier.weight"])
+def test_head_under_another_name_is_not_replaced_by_a_random_one(name: str, tokenizer: Any, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    build_model(tokenizer, architecture="llama", task="SEQ_CLS").save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    save_file({**weights, "score.bias": torch.ones(1)}, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"transformers does not load score\.bias of the reward model"):
+        RewardModel(str(tmp_path))
+    weights[name] = weights.pop("score.weight")
+    save_file(weights, file, metadata={"format": "pt"})
+    message = rf"has no weights named score\.weight.* not used: {re.escape(name)}\. A new head would give random scores"
+    with pytest.raises(ConfigError, match=message):
+        RewardModel(str(tmp_path))
+    with pytest.raises(ConfigError, match=message):
+        PreferenceModule(str(tmp_path)).configure_model()
