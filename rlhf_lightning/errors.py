@@ -1,6 +1,7 @@
 """Errors that the user can fix. The command line prints them in one line and exits with code 2."""
 
 from collections.abc import Iterable
+from typing import TypeGuard
 
 
 class UserError(Exception):
@@ -26,6 +27,20 @@ def quoted(names: Iterable[str], none: str = "nothing") -> str:
 
 MOST = 2**31 - 1
 """Largest value of an integer setting."""
+
+
+LARGEST = (2 - 2**-23) * 2.0**127
+"""Largest float32, in which rewards, margins and advantages are computed."""
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    """True for a number, other than a boolean, that is finite as float32.
+
+    Example:
+        >>> is_finite(1.5), is_finite(10**400), is_finite(float("nan")), is_finite(True)
+        (True, False, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def cut(text: str, length: int) -> str:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 
@@ -28,13 +28,12 @@ from rlhf_lightning.data.rendering import Rendered
 from rlhf_lightning.data.row_streams import Streaming
 from rlhf_lightning.data.splits import Prepared, RowKey, conversation_key
 from rlhf_lightning.data.training_stream import TrainingStream
-from rlhf_lightning.errors import ConfigError, DataError
+from rlhf_lightning.errors import ConfigError, DataError, is_finite
 from rlhf_lightning.objectives.preference.base import LabelLoss, PreferenceLoss
 from rlhf_lightning.types import JSON, Message, PreferenceBatch, PreferenceTokens, Row
 
 log = logging.getLogger(__name__)
 KINDS = ("pairs", "labels", "rankings")
-LARGEST = torch.finfo(torch.float32).max
 
 
 class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
@@ -212,7 +211,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         if sides[0].ids == sides[1].ids:
             raise RowError("chosen and rejected have the same tokens: there is nothing to prefer")
         margin, tie = data.get("margin"), data.get("tie")
-        if margin is not None and not _is_number(margin):
+        if margin is not None and not is_finite(margin):
             raise RowError(f"'margin' is {margin!r}; it must be a number")
         if tie is not None and not (isinstance(tie, bool) or tie in (0, 1)):
             raise RowError(f"'tie' is {tie!r}; it must be true or false")
@@ -222,7 +221,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
             raise RowError(
                 f"the pair is a tie, but {name} cannot learn from ties; use BradleyTerry, Davidson or RaoKupper"
             )
-        return [Pair(sides, _category(data), float(margin) if _is_number(margin) else 0.0, bool(tie))]
+        return [Pair(sides, _category(data), float(margin) if is_finite(margin) else 0.0, bool(tie))]
 
     def _labeled(self, data: Row) -> list[Labeled]:
         if row_kind(data) == "pairs":
@@ -258,7 +257,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
     def _note_scores(self, data: Row) -> None:
         """Count pairs that contradict their scores, and record whether rows have margins."""
         scores = [data.get(name) for name in ("score_chosen", "score_rejected")]
-        chosen, rejected = (float(score) if _is_number(score) else math.nan for score in scores)
+        chosen, rejected = (float(score) if is_finite(score) else math.nan for score in scores)
         self._worse += int(chosen < rejected and not data.get("tie"))
         self._margins = self._margins or bool(data.get("margin"))
 
@@ -356,10 +355,6 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
             batch["category_names"] = names
         batch["weights"] = torch.tensor(weights)
         return batch
-
-
-def _is_number(value: JSON) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
 def _category(data: Row) -> str | None:

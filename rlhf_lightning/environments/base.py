@@ -1,6 +1,5 @@
 """Environments answer the policy: one object per episode, for one or many turns, sync or async."""
 
-import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -9,7 +8,7 @@ from typing import Any, Protocol
 from rlhf_lightning.data.conversations import to_messages
 from rlhf_lightning.data.records import RowError
 from rlhf_lightning.environments.user_calls import check_limit
-from rlhf_lightning.errors import ConfigError, UserError, check_whole, short
+from rlhf_lightning.errors import LARGEST, ConfigError, UserError, check_whole, short
 from rlhf_lightning.imports import imported
 from rlhf_lightning.settings import plain
 from rlhf_lightning.types import Message, Row
@@ -157,7 +156,7 @@ def checked_result(value: StepResult) -> StepResult:
     if not isinstance(value, StepResult):
         raise TypeError(f"step() returned {short(value)}; it must return a StepResult")
     for name, number in (("reward", value.reward), *((f"metrics[{key!r}]", n) for key, n in value.metrics.items())):
-        if not hasattr(number, "__float__") or not math.isfinite(number):
+        if not hasattr(number, "__float__") or not -LARGEST <= number <= LARGEST:
             raise ValueError(f"step() returned {name} {number!r}; it must be a finite number")
     if not all(isinstance(message, dict) and message.get("role") for message in value.next_messages):
         raise TypeError(f"step() returned next_messages {short(value.next_messages)}; each must be {{role, content}}")

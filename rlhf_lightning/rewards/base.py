@@ -1,6 +1,5 @@
 """The base class of rewards, which users subclass to score episodes."""
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -9,7 +8,7 @@ from torch import nn
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.records import located
 from rlhf_lightning.data.rendering import Renderer
-from rlhf_lightning.errors import ConfigError
+from rlhf_lightning.errors import ConfigError, is_finite
 from rlhf_lightning.rewards.normalization import Normalizer
 from rlhf_lightning.settings import Settings
 from rlhf_lightning.types import Episode, Row
@@ -177,7 +176,5 @@ def check_finite(name: str, value: float | None) -> None:
         name: Name of the setting, for the error message.
         value: Its value.
     """
-    if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-    ):
+    if value is not None and not is_finite(value):
         raise ConfigError(f"{name} is {value!r}; it must be a finite number")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_lightning.data.prompts import Prompt
 from rlhf_lightning.data.rendering import Renderer
 from rlhf_lightning.distributed import run_on_leader, safe_point
-from rlhf_lightning.errors import ConfigError, UserError, short
+from rlhf_lightning.errors import ConfigError, UserError, is_finite, short
 from rlhf_lightning.rewards.base import Reward
 from rlhf_lightning.rewards.normalization import RUNNING
 from rlhf_lightning.sys_exit import no_exit, raised_at
@@ -167,6 +167,8 @@ def total_rewards(
             completed[i].terms[term.name], completed[i].details = scores[i], details[i]
             totals[i] += 0.0 if amount is None else amount
     for episode, total in zip(completed, totals, strict=True):
+        if not is_finite(total):
+            raise ConfigError(f"the weighted rewards of {episode.label} sum to {total!r}, which exceeds float32")
         episode.reward = truncated_reward if episode.truncated and truncated_reward is not None else total
 
 
@@ -179,9 +181,9 @@ def _number(score: UncheckedScore, name: str, episode: Episode) -> float | None:
         with suppress(ValueError, RuntimeError):
             value = score.item()
     if hasattr(value, "__float__") and not isinstance(value, bool):
-        with suppress(TypeError, ValueError, RuntimeError):
+        with suppress(TypeError, ValueError, RuntimeError, OverflowError):
             number = float(value)
-    if not math.isfinite(number):
+    if not is_finite(number):
         raise ConfigError(
             f"the reward {name} returned {short(score)} for {episode.label}; it must be a finite number, or None"
         )

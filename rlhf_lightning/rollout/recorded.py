@@ -1,12 +1,11 @@
 """Recorded episodes: tokens sampled elsewhere, with their log-probabilities and rewards or advantages."""
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from rlhf_lightning.data.records import RowError, require
 from rlhf_lightning.data.rendering import show_masked
-from rlhf_lightning.errors import short
+from rlhf_lightning.errors import is_finite, short
 from rlhf_lightning.types import JSON, Episode, Row, Tokenizer, TrainingSample
 
 
@@ -123,7 +122,7 @@ def _list(data: Row, name: str) -> list[JSON]:
 
 
 def _spread(given: list[JSON], loss_mask: list[int]) -> list[float]:
-    logprobs = [float(value) for value in given if isinstance(value, int | float) and -math.inf < value <= 1e-3]
+    logprobs = [float(value) for value in given if is_finite(value) and value <= 1e-3]
     if len(logprobs) < len(given):
         raise RowError("'logprobs' must be finite log-probabilities in nats, none above 0")
     if len(logprobs) == len(loss_mask):
@@ -139,8 +138,8 @@ def _spread(given: list[JSON], loss_mask: list[int]) -> list[float]:
 
 def _float(data: Row, name: str) -> float | None:
     value = data.get(name)
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value != value):
-        raise RowError(f"{name!r} is {value!r}; it must be a number")
+    if value is not None and not is_finite(value):
+        raise RowError(f"{name!r} is {short(value)}; it must be a finite number")
     return None if value is None else float(value)
 
 

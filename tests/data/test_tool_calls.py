@@ -295,6 +295,12 @@ def test_environment_messages_are_read_like_rows() -> None:
         checked_result(StepResult(next_messages=[{"role": "user", "content": 1}]))
 
 
+@pytest.mark.parametrize("reward", [float("nan"), float("inf"), 1e39, 10**400])
+def test_environment_rewards_beyond_float32(reward: float) -> None:
+    with pytest.raises(ValueError, match=r"step\(\) returned reward .*; it must be a finite number"):
+        checked_result(StepResult(reward=reward))
+
+
 def test_prompts_of_rl_with_calls(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATES["object"]
     said = stored([("book", {"a": 1})], "text")[:-1]

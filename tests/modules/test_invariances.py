@@ -520,6 +520,9 @@ def test_recorded_episodes(base: str, tokenizer: Any, tmp_path: Path) -> None:
         ({"response_tokens": [10**6] * 3}, "token 1000000 is not in the vocabulary"),
         ({"reward": None}, "no 'reward'"),
         ({"reward": "high"}, "'reward' is 'high'"),
+        ({"reward": float("inf")}, "'reward' is inf; it must be a finite number"),
+        ({"reward": 10**400}, "'reward' is 1000.*; it must be a finite number"),
+        ({"advantage": -1e39}, r"'advantage' is -1e\+39; it must be a finite number"),
     ],
 )
 def test_malformed_episodes(change: dict[str, Any], message: str, base: str, tmp_path: Path) -> None:

@@ -107,6 +107,8 @@ def test_scores_of_other_libraries(scores: Any) -> None:
         ([1.0, math.nan], "the reward fixed returned nan for data.jsonl:7, sample 3"),
         ([1.0, math.inf], "returned inf for data.jsonl:7, sample 3"),
         (torch.tensor([1.0, math.nan]), r"returned tensor\(nan\) for data.jsonl:7"),
+        ([1.0, 10**400], "returned 1000.* for data.jsonl:7"),
+        ([1.0, 1e39], r"returned 1e\+39 for data.jsonl:7"),  # infinite in float32
         ([1.0, "0.5"], "returned '0.5' for data.jsonl:7"),
         ([1.0, True], "returned True for data.jsonl:7"),
         ([1.0, numpy.True_], "True_? for data.jsonl:7"),
@@ -128,6 +130,13 @@ def test_invalid_scores_are_rejected_with_their_row(scores: Any, message: str) -
     second.where = "data.jsonl:7"
     with pytest.raises(ConfigError, match=message):
         total(scores, said("a", group=4), second)
+
+
+def test_sum_beyond_float32_is_rejected() -> None:
+    with pytest.raises(ConfigError, match=r"the weighted rewards of prompt 0, sample 0 sum to 2e\+40"):
+        total([2e30], weight=1e10)
+    with pytest.raises(ConfigError, match=r"the weight of the reward fixed is 1e\+39; it must be a finite number"):
+        Fixed([1.0], weight=1e39)
 
 
 @pytest.mark.parametrize(
