@@ -310,7 +310,7 @@ def test_both_ranks_report_a_full_disk_on_rank_0(command: Any, tmp_path: Path) -
 @pytest.mark.slow
 def test_interrupted_rank_interrupts_the_other(command: Any, tmp_path: Path) -> None:
     def interrupt() -> None:
-        raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
     ranks = in_two(command(), tmp_path, at(MODULES["sft"], "training_step", 6, 1, interrupt, tmp_path / "mark"))
     assert [found.code for found in ranks] == [130, 130], ranks
