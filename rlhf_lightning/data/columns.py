@@ -25,6 +25,8 @@ PAIR_REMEDY = (
     "rlhf preference learns from pairs. To imitate the chosen answers, set columns: {completion: chosen} (with a "
     "'prompt'), or columns: {messages: chosen}"
 )
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+"""Columns with the scores of a pair's sides, as datasets name them; `rlhf score` writes the second."""
 TRAINING_COLUMNS = (*WEIGHTS, "label", "margin", "tie", "score_chosen", "score_rejected")
 """Columns that determine how a row is trained on; they do not apply to prompts."""
 UNWANTED = (0, False, "0", "false", "undesirable")

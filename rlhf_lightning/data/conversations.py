@@ -118,6 +118,11 @@ def _messages(item: JSON | Message, index: int, previous: str | None, first_role
             raise RowError(
                 f"message {index} has {speaker!r} ({described(item[speaker])}), but no 'role'; name that key 'role'"
             )
+        if first_role == "assistant" and previous is not None:
+            raise RowError(
+                f"message {index} of a response has no role, and a response is one answer. Join the parts of an answer "
+                "to one text, keep one of several answers, or give messages with roles"
+            )
         role = first_role if previous in (None, "system") else {"user": "assistant"}.get(previous, "user")
     if not isinstance(role, str):
         raise RowError(f"message {index}: role is {described(role)}; it must be a string")

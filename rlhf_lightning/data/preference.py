@@ -1,8 +1,9 @@
 """Data module for preference learning: pairs, labeled responses and rankings."""
 
 import logging
-import math
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from rlhf_lightning.data.base import RowDataModule
 from rlhf_lightning.data.batching import pad_right, pad_tokens
 from rlhf_lightning.data.cache import Extra, StoredExample
-from rlhf_lightning.data.columns import SYSTEM, TOOLS, refuse_weight
+from rlhf_lightning.data.columns import SCORES, SYSTEM, TOOLS, refuse_weight
 from rlhf_lightning.data.conversations import tool_schemas
 from rlhf_lightning.data.preference_rows import (
     Labeled,
@@ -81,8 +82,10 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
             raise ConfigError(f"data.kind is {kind!r}; it must be one of {', '.join(KINDS)}")
         self._kind = kind
         self.category_names: list[str] = []
-        self._worse, self._margins = 0, False
-        """Number of pairs in which the rejected response has the higher score, and whether rows have margins."""
+        self._worse: Counter[tuple[str, str]] = Counter()
+        """Numbers of pairs in which the rejected response has the higher score, by the columns of the scores."""
+        self._margins = False
+        """True if rows have margins."""
 
     @property
     def loss(self) -> PreferenceLoss | None:
@@ -135,10 +138,10 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
         return ways[self.kind]
 
     def _prepare(self, name: str, required: bool) -> None:
-        self._worse, self._margins = 0, False
+        self._worse, self._margins = Counter(), False
         super()._prepare(name, required)
-        if self._worse and name in self.prepared:
-            log.warning("data.%s: score_rejected is higher than score_chosen in %d pairs", name, self._worse)
+        for (chosen, rejected), count in self._worse.items() if name in self.prepared else ():
+            log.warning("data.%s: %s is higher than %s in %d pairs", name, rejected, chosen, count)
         unused = self.kind != "pairs" or (self.loss is not None and "margin" not in self.loss.keywords())
         if self._margins and self.loss is not None and unused and name in self.prepared:
             log.warning("data.%s has margins, but the loss %s does not use them", name, type(self.loss).__name__)
@@ -190,7 +193,7 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
     def used_columns(self, name: str, data: Row) -> set[str] | None:
         kind = row_kind(data)
         shape = {
-            "pairs": ("chosen", "rejected", "margin", "tie", "score_chosen", "score_rejected"),
+            "pairs": ("chosen", "rejected", "margin", "tie", *chain(*SCORES)),
             "labels": ("response" if data.get("response") is not None else "completion", "label"),
             "rankings": ("responses", "scores", "ranks"),
         }
@@ -256,9 +259,10 @@ class PreferenceDataModule(RowDataModule[PreferenceExample, PreferenceBatch]):
 
     def _note_scores(self, data: Row) -> None:
         """Count pairs that contradict their scores, and record whether rows have margins."""
-        scores = [data.get(name) for name in ("score_chosen", "score_rejected")]
-        chosen, rejected = (float(score) if is_finite(score) else math.nan for score in scores)
-        self._worse += int(chosen < rejected and not data.get("tie"))
+        for names in SCORES:
+            chosen, rejected = (data.get(name) for name in names)
+            if is_finite(chosen) and is_finite(rejected) and chosen < rejected and not data.get("tie"):
+                self._worse[names] += 1
         self._margins = self._margins or bool(data.get("margin"))
 
     def _sides(self, data: Row, prompt: list[Message], responses: dict[str, list[Message]]) -> list[Rendered]:

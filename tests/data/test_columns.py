@@ -222,6 +222,13 @@ def test_scores_that_contradict_a_pair_give_a_warning(tokenizer: Any, caplog: py
     assert "score_rejected is higher than score_chosen in 1 pairs" in caplog.text
 
 
+@pytest.mark.parametrize("name", ["score", "rating"])
+def test_scores_under_names_of_other_datasets(tokenizer: Any, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    given = [{**PAIRS["pair"], f"chosen_{name}": a, f"rejected_{name}": b} for a, b in ((1, 5), (2, 3), (5, 1))]
+    ready(PreferenceDataModule(given, tokenizer=tokenizer))
+    assert f"rejected_{name} is higher than chosen_{name} in 2 pairs" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("module", "row", "columns", "hint"),
     [

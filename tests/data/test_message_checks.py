@@ -93,6 +93,22 @@ def test_answer_outside_of_the_conversation_is_refused(tokenizer: Any, column: s
     assert "Bye" not in text_of(SFTDataModule, row, tokenizer, columns={column: None})
 
 
+@pytest.mark.parametrize("answer", [["one", "two", "three"], [{"content": "one"}, {"content": "two"}]])
+@pytest.mark.parametrize("kind", ["sft", "pairs", "labels", "rankings"])
+def test_response_of_several_texts_is_refused(tokenizer: Any, kind: str, answer: list[Any]) -> None:
+    """Steps or alternatives would alternate between assistant and user."""
+    rows = {
+        "sft": {"completion": answer},
+        "pairs": {"chosen": answer, "rejected": "no"},
+        "labels": {"completion": answer, "label": 1},
+        "rankings": {"responses": [answer, "no"]},
+    }
+    module: Any = SFTDataModule if kind == "sft" else PreferenceDataModule
+    settings = {} if kind == "sft" else {"kind": kind}
+    with pytest.raises(DataError, match="message 1 of a response has no role, and a response is one answer"):
+        text_of(module, {"prompt": "Hi", **rows[kind]}, tokenizer, **settings)
+
+
 def test_single_messages_as_text_are_refused(tokenizer: Any) -> None:
     with pytest.raises(DataError, match=r"list\[0\]: .*'role' \('prompter'\).*Collect the messages"):
         text_of(SFTDataModule, {"text": "Hi", "role": "prompter"}, tokenizer)
