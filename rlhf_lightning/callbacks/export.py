@@ -74,6 +74,11 @@ class ExportModel(pl.Callback):
             )
         if trainer.interrupted or is_trial(trainer):
             return
+        if not trainer.global_step:
+            raise UserError(
+                "the run ended before its first optimizer step (trainer.max_time, or a callback that stopped it), so "
+                "model/ would be a copy of the start model. Raise max_time and run the same command again"
+            )
         if self.which == "best":
             self._load_best(trainer, pl_module)
         require_finite(pl_module, "at the end", "they are not saved as a model")
