@@ -116,9 +116,7 @@ class Critic(Settings):
         backbone = model.base_model.requires_grad_(self.lora is None)
         if self.lora is None:
             return backbone
-        from peft import get_peft_model
-
-        return get_peft_model(backbone, self.lora.config(backbone, "FEATURE_EXTRACTION"))
+        return self.lora.add_to(backbone, "FEATURE_EXTRACTION")
 
 
 class ValueModel(nn.Module):

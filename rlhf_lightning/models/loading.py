@@ -222,10 +222,8 @@ class Start:
     def _with_lora(self, model: nn.Module) -> nn.Module:
         if self.lora is None:
             return model
-        from peft import get_peft_model
-
         self.fresh_adapter = True
-        return get_peft_model(model, self.lora.config(model, self.task))
+        return self.lora.add_to(model, self.task)
 
 
 def _sees_ahead(config: "PretrainedConfig") -> bool:

@@ -1,6 +1,7 @@
 """LoRA with the usual settings. Target layers are found by structure, in any architecture."""
 
 import copy
+import logging
 import math
 import re
 from collections.abc import Container, Iterator
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
+log = logging.getLogger(__name__)
 HEADS = ("score", "classifier", "classification_head")
 GROUPS = ("attention", "mlp", "unembedding", "all")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
@@ -96,6 +98,39 @@ class LoRA:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
         return {"quantization_config": config}
+
+    def add_to(self, model: "PreTrainedModel", task_type: str) -> "PeftModel":
+        """Add a new adapter to a model, with a warning if it does not contain all layers of `target`.
+
+        Args:
+            model: The model; its layers are replaced.
+            task_type: `CAUSAL_LM`, `SEQ_CLS` or `FEATURE_EXTRACTION`.
+
+        Raises:
+            ConfigError: If a target is not found, or peft cannot adapt it.
+        """
+        from peft import get_peft_model
+
+        config, names = self.config(model, task_type), self.layer_names(model)
+        experts = [name for name, weight in model.named_parameters() if "experts" in name and weight.ndim > 2]
+        try:
+            adapted = get_peft_model(model, config)
+        except ValueError as error:
+            raise ConfigError(f"lora.target {self.target}: {error}. Give names of layers instead") from None
+        layers = {name for name, module in model.named_modules() if getattr(module, "lora_A", None)}
+        if left := [name for name in names if name not in layers]:
+            log.warning(
+                "lora.target %s: peft adapts the experts of %s instead of %d other layers (for example %s), which are "
+                "not trained",
+                self.target, type(model).__name__, len(left), left[0],
+            )  # fmt: skip
+        elif {"mlp", "all"} & {*self.target} and (out := [e for e in experts if e.rpartition(".")[0] not in layers]):
+            log.warning(
+                "lora.target %s: the experts of %s are not trained, because their weights (for example %s) are not "
+                "linear layers",
+                self.target, type(model).__name__, out[0],
+            )  # fmt: skip
+        return adapted
 
     def config(self, model: nn.Module, task_type: str) -> "LoraConfig":
         """peft's `LoraConfig` for a model.

@@ -50,9 +50,7 @@ class AdaptedModel:
         self.lora = lora
         self.model = copy.deepcopy(base, shared)
         if lora is not None:
-            from peft import get_peft_model
-
-            self.model = get_peft_model(self.model, lora.config(self.model, "CAUSAL_LM"))
+            self.model = lora.add_to(self.model, "CAUSAL_LM")
         self.model.eval()
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.token_logprobs = TokenLogprobs(self.model)

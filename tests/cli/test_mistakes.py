@@ -159,7 +159,11 @@ MISTAKES: list[tuple[str, list[str], list[str]]] = [
     ("sft", ["--trainer.strategy", "fsdpp"], ["strategy='fsdpp'", "Example choices: auto, ddp"]),
     ("sft", ["--trainer.default_root_dir", "/proc/nothing"], ["/proc/nothing: cannot be created"]),
     ("sft", ["--trainer.max_time", "soon"], ["'soon'", "DD:HH:MM:SS"]),
-    ("sft", ["--trainer.max_time", "00:00:00:00"], ["ended before its first optimizer step", "copy of the start model"]),
+    (
+        "sft",
+        ["--trainer.max_time", "00:00:00:00"],
+        ["ended before its first optimizer step", "copy of the start model"],
+    ),
     ("sft", ["--ckpt_path", "missing.ckpt"], ["--ckpt_path missing.ckpt: no such checkpoint (seen from"]),
     ("sft", ["--ckpt_path", "half.ckpt"], ["--ckpt_path half.ckpt: damaged, or not a checkpoint"]),
     ("sft", ["--ckpt_path", "weights.ckpt"], ["weights.ckpt: not a checkpoint", "runs/NAME/checkpoints"]),

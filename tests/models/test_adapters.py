@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -416,3 +417,36 @@ def test_weights_that_an_adapters_config_leaves_out_are_refused(tokenizer: Any, 
     (folder / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj"]}))
     with pytest.raises(ConfigError, match=r"has 4 weights that its adapter_config.json does not use .*v_proj"):
         Start(str(folder)).load()
+
+
+EXPERTS = {"num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+EXPERTS |= {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "num_experts": 4}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target", "message"),
+    [
+        ("mixtral", ["attention", "mlp"], "experts of MixtralForCausalLM are not trained, .*mlp.experts.gate_up_proj"),
+        ("qwen3_moe", ["all"], "experts of Qwen3MoeForCausalLM are not trained"),
+        ("mixtral", ["attention"], None),
+        ("glm4_moe", ["mlp"], r"instead of 6 other layers \(for example model.layers.0.mlp.down_proj\)"),
+        ("llama", ["all"], None),
+    ],
+)
+def test_layers_that_lora_leaves_out_give_a_warning(
+    architecture: str, target: list[str], message: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = AutoConfig.for_model(architecture, vocab_size=32, num_key_value_heads=2, head_dim=8, **sizes, **EXPERTS)
+    Start(AutoModelForCausalLM.from_config(config), lora=LoRA(rank=2, target=target)).load()
+    assert re.search(message, caplog.text) if message else not caplog.text
+
+
+def test_target_that_peft_refuses_is_an_error() -> None:
+    from transformers import Mamba2Config, Mamba2ForCausalLM
+
+    config = Mamba2Config(hidden_size=16, num_heads=4, head_dim=8, state_size=4, n_groups=1, num_hidden_layers=1)
+    with pytest.raises(ConfigError, match=r"lora.target \['mlp'\]: .*Incompatible modules.* Give names of layers"):
+        Start(Mamba2ForCausalLM(config), lora=LoRA(rank=2, target="mlp")).load()
