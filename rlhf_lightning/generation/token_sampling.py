@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from math import inf
+from numbers import Integral, Real
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from rlhf_lightning.types import Completion
 BLOCK = 64
 COLDEST = 1e-6
 """Lowest temperature above 0 that float32 logits can be divided by."""
+WHOLE, REAL = ("max_tokens", "min_tokens", "top_k"), ("temperature", "top_p", "min_p")
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        for name in (*WHOLE, *REAL):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, Integral if name in WHOLE else Real):
+                wanted = "a whole number" if name in WHOLE else "a number"
+                raise ConfigError(f"sampler.{name} is {value!r}; it must be {wanted}")
         for name, fine, wanted in (
             ("max_tokens", 1 <= self.max_tokens <= MOST, f"from 1 to {MOST}"),
             ("min_tokens", 0 <= self.min_tokens <= self.max_tokens, "from 0 to max_tokens"),

@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 from rlhf_lightning.cli.main import main
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.evaluation.policy import sampling_settings, unused_settings
+from rlhf_lightning.generation.token_sampling import SamplingParams
 
 
 def test_settings_that_are_not_used_are_named(base: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,10 +42,20 @@ def test_sampling_settings_of_a_generation_config(own: dict[str, Any], wanted: d
 
 @pytest.mark.parametrize(
     ("own", "words"),
-    [({"temperature": "hot"}, "temperature is 'hot'; it must be a number"), ({"top_p": 1.5}, "top_p is 1.5")],
+    [
+        ({"temperature": "hot"}, "temperature is 'hot'; it must be a number"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"top_k": 1.5}, "top_k is 1.5; it must be a whole number"),
+    ],
 )
 def test_invalid_sampling_settings_name_their_file(own: dict[str, Any], words: str) -> None:
     config = GenerationConfig()
     config.update(**own)
     with pytest.raises(ConfigError, match=f"^g.json: {words}.*Correct the file"):
         sampling_settings(config, "g.json")
+
+
+@pytest.mark.parametrize("own", [{"top_k": 2.0}, {"max_tokens": 8.0}, {"temperature": "0.5"}, {"top_p": True}])
+def test_sampling_settings_of_a_wrong_type_are_refused(own: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=rf"sampler\.{next(iter(own))} is .*; it must be a (whole )?number"):
+        SamplingParams(**own)
