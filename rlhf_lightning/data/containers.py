@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from rlhf_lightning.data.tables import arrow_rows, number, row_cleaner
-from rlhf_lightning.errors import DataError, quoted
+from rlhf_lightning.errors import DataError, quoted, short
 from rlhf_lightning.types import JSON, Row
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def plain(value: Container) -> JSON:
     if value is None or type(value) in (str, int, float, bool):
         return value
     if isinstance(value, Mapping):
-        return plain_row(value)
+        return _plain_object(value)
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, str):
@@ -134,9 +134,20 @@ def plain(value: Container) -> JSON:
 
 
 def plain_row(row: Mapping[str, Container]) -> Row:
-    """A row with plain names and values; see `plain`."""
-    named: dict[Container, JSON] = {plain(name): plain(value) for name, value in row.items()}
+    """A row with plain names and values; see `plain`.
+
+    Raises:
+        DataError: If the name of a column is not text.
+    """
+    named = _plain_object(row)
+    if wrong := [name for name in named if not isinstance(name, str)]:
+        raise DataError(f"the name {wrong[0]!r} of a column is not text, in {short(named)}; use text for all names")
     return named
+
+
+def _plain_object(value: Mapping[str, Container]) -> Row:
+    """An object with plain names and values. Names may be numbers, as in `frame.to_dict()`."""
+    return {str.__str__(name) if isinstance(name, str) else name: plain(item) for name, item in value.items()}
 
 
 def without_nulls(row: Row) -> Row:

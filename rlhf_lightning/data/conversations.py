@@ -108,6 +108,8 @@ def _messages(item: JSON | Message, index: int, previous: str | None, first_role
         item = {"content": item}
     if not _is_object(item):
         raise RowError(f"message {index} is {described(item)}; it must be an object with role and content")
+    if wrong := [key for key in item if not isinstance(key, str)]:
+        raise RowError(f"message {index} has the key {wrong[0]!r}, which is not text; remove it")
     # Parquet and Arrow fill missing keys with None.
     message: Row = {key: value for key, value in item.items() if value is not None and key not in ("from", "value")}
     if "content" not in message:

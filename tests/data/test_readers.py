@@ -624,3 +624,19 @@ def test_pandas_frames_written_as_json(orient: Any, tmp_path: Path) -> None:
     if orient != "table":
         given = pd.DataFrame(rows).to_dict("dict" if orient == "columns" else orient)
         assert rows_of(given) == rows
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{1: 2, "prompt": "Q", "completion": "A"}],
+        [{("a", "b"): 2, "prompt": "Q", "completion": "A"}],
+        {0: ["x"], "prompt": ["Q"], "completion": ["A"]},
+    ],
+)
+def test_names_that_are_not_text_are_refused(rows: Any, tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"the name .* of a column is not text, in \{.*use text for all names"):
+        SFTDataModule(rows, tokenizer=tokenizer).setup("fit")
+    messages = [{"role": "user", "content": "Q", None: 1}, {"role": "assistant", "content": "A"}]
+    with pytest.raises(DataError, match=r"list\[0\]: message 0 has the key None, which is not text"):
+        SFTDataModule([{"messages": messages}], tokenizer=tokenizer).setup("fit")
