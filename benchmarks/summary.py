@@ -86,9 +86,7 @@ SETTINGS = ("bf16", "bf16-compiled", "f32")
 
 def best() -> str:
     """Each side in its fastest setting and micro-batch, among those measured by CPU time, with its peak memory."""
-    head = (
-        "| model, settings measured | step | ours | TRL | ratio | target | of the matmul rate | peak memory | TRL |"
-    )
+    head = "| model, settings measured | step | ours | TRL | ratio | target | of the matmul rate | peak memory | TRL |"
     lines = [head, "|---" * 9 + "|"]
     for size in ("5m", "40m", "135m"):
         found = {name.replace("-", ", "): RESULTS / f"step-{size}-{name}.json" for name in SETTINGS}

@@ -60,7 +60,11 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None], row_filt
                 f"{path}: {name} is not a valid data record ({known!r:.100}); restore the file, or use --fresh"
             )
         before[name] = {"hash": digest, "files": files}
-    now = {name: _facts(source, before.get(name)) for name in SOURCES if (source := sources.get(name)) is not None}
+    now = {
+        name: _facts(source, before.get(name), f"data.{name}")
+        for name in SOURCES
+        if (source := sources.get(name)) is not None
+    }
     if row_filter is not None:
         now["filter"] = {"hash": row_filter.fingerprint(), "files": {}}
         if "filter" in before and before["filter"]["hash"] != now["filter"]["hash"]:
@@ -86,9 +90,9 @@ def check_data_record(root: Path, sources: Mapping[str, Source | None], row_filt
     write_json(path, {"format": FORMAT, **now})
 
 
-def _facts(source: Source, before: SourceRecord | None) -> SourceRecord:
+def _facts(source: Source, before: SourceRecord | None, name: str) -> SourceRecord:
     items = [item for inner in inner_sources(source) for item in (inner if isinstance(inner, list) else [inner])]
     files = [file for item in items if isinstance(item, str | os.PathLike) for file in hashed_files(item)]
     stats: dict[str, JSON] = {str(file): [(facts := file.stat()).st_size, facts.st_mtime_ns] for file in files}
     known = before is not None and bool(stats) and before["files"] == stats
-    return {"hash": before["hash"] if known and before else fingerprint(source), "files": stats}
+    return {"hash": before["hash"] if known and before else fingerprint(source, name=name), "files": stats}

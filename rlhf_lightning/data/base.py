@@ -272,7 +272,11 @@ class RowDataModule(PreparedData[ExampleT], Generic[ExampleT, BatchT]):
 
     def fingerprints(self) -> dict[str, str]:
         """SHA-256 of each source, for `stage.json`."""
-        return {name: digest for name, source in self.sources.items() if (digest := fingerprint(source, name))}
+        return {
+            name: digest
+            for name, source in self.sources.items()
+            if (digest := fingerprint(source, name, f"data.{name}"))
+        }
 
     def row_counts(self) -> dict[str, JSON]:
         """Name, number of rows and number of examples of each source that was read, for the model card."""

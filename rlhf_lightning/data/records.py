@@ -167,7 +167,7 @@ def _rows(items: Iterable[Item], reading: Reading) -> Iterator[LocatedRow]:
 
 
 def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
-    name, source = name or type(source).__name__, settled(source)
+    given, name, source = name, name or type(source).__name__, settled(source)
     if isinstance(source, str | os.PathLike):
         yield from _named(source, wanted)
     elif isinstance(source, bytes | bytearray | set | frozenset) or hasattr(source, "readline"):
@@ -177,12 +177,17 @@ def _items(source: Source, wanted: Wanted, name: str = "") -> Iterator[Item]:
         for one in mixture.sources:
             yield from _items(one.source, wanted)
     elif isinstance(source, Mapping):
-        inner = of_mapping(source, wanted.split, name)
+        inner = of_mapping(source, wanted.split, given or _setting(wanted.split, source))
         yield from _items(inner, wanted, name if isinstance(inner, list) else "")
     elif library(source):
         yield from _listed(library_rows(source, name), wanted, name)
     else:
         yield from _listed(source, wanted, name)
+
+
+def _setting(split: str | None, source: Mapping[str, Container]) -> str:
+    """The setting with a mapping, for messages; the type of the mapping if it is not known."""
+    return f"data.{split}" if split else type(source).__name__
 
 
 def _listed(source: Iterable[Container], wanted: Wanted, name: str) -> Iterator[Item]:
@@ -246,8 +251,13 @@ def _named(source: str | os.PathLike[str], wanted: Wanted) -> Iterator[Item]:
         yield from file_items(file, wanted)
 
 
-def fingerprint(source: Source | None, split: str | None = None) -> str | None:
+def fingerprint(source: Source | None, split: str | None = None, name: str = "") -> str | None:
     """SHA-256 of a source: of the bytes of files, of the JSON of rows, or of the name of a task or a Hub id.
+
+    Args:
+        source: The source.
+        split: Name of the split of a container with several; None for the only one.
+        name: Name of a source without a path, for messages.
 
     Returns:
         The digest; None, with a warning, for a stream, because it would have to be read again.
@@ -258,7 +268,7 @@ def fingerprint(source: Source | None, split: str | None = None) -> str | None:
         parts = [[one.name, one.weight, fingerprint(one.source, split)] for one in mixture.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if isinstance(source, Mapping):
-        source = of_mapping(source, split, type(source).__name__)
+        source = of_mapping(source, split, name or type(source).__name__)
     if is_stream(source):
         log.warning("a %s is a stream, so its rows are not hashed for the run's records", type(source).__name__)
         return None

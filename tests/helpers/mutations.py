@@ -150,6 +150,7 @@ MEANT_FLAGS: dict[str, tuple[str, ...]] = {
     "host": ("zero",),  # 0.0.0.0
     "output": NAMES,
     "overlap": ("zero", "fraction", "tiny"),
+    "revise": ("zero",),
     "port": ("zero",),
     "prompt": ANY_TEXT,
     "root": (*NAMES, "folder"),
@@ -190,8 +191,10 @@ _GROUPS: dict[tuple[str, ...], str] = {
         checkpoint_minutes data.seed model.truncated_reward refresh_every target device engine stop gather quantize
         recipe resample_groups
         total_steps foreach fused normalize clip learning_rate retries dual_clip step_timeout data.template_kwargs
-        data.system data.train rewards.0.name model.critic.init_args.model decay""",
+        data.system data.train rewards.0.name model.critic.init_args.model decay distillation
+        nll_coefficient curriculum data.cache data.filter""",
     _SWITCH: """show_example fresh activation_offload compile freeze_backbone gradient_checkpointing mask_truncated
+        data.streaming importance_weights
         length_normalized store skip_special_tokens whiten amsgrad maximize foreach fused centered offload shared
         cuda_graphs gather lines seed_everything trainer.barebones trainer.benchmark trainer.detect_anomaly
         trainer.deterministic trainer.enable_autolog_hparams trainer.enable_checkpointing trainer.logger
@@ -212,10 +215,10 @@ _GROUPS: dict[tuple[str, ...], str] = {
     _NUMBER: "entropy_coefficient hit miss rewards.0.weight model.truncated_reward",
     ("null", "fraction", "tiny"): "trainer.val_check_interval",
     ("zero", "fraction", "huge"): "trainer.overfit_batches",
-    ("huge",): "total_steps trainer.fast_dev_run dual_clip model.importance_weights.init_args.high",
+    ("huge",): "memory_limit total_steps trainer.fast_dev_run dual_clip model.importance_weights.init_args.high",
     ("inf",): "clip_high dual_clip high",
     ("list",): "data.test data.predict",  # rows in memory; fit does not read them
-    ("text", "control", "folder"): "log_file trainer.default_root_dir",
+    ("text", "control", "folder"): "data.cache log_file trainer.default_root_dir",
     ("text", "control", "folder", "long"): "data.system monitor model.rewards.0.init_args.name",
     ("empty",): "data.system",
     ("mapping",): "data.template_kwargs",
@@ -251,11 +254,9 @@ NAMED_OTHERWISE: dict[str, tuple[str, ...]] = {
     "system": ("longest prompt", "conversation"),
     "data.system": ("max_length", "longest prompt", "max_prompt_tokens"),
     "checkpoint_minutes": ("minutes",),
-    "data.predict": ("a dict with 'a'",),
-    "data.test": ("a dict with 'a'",),
-    "data.train": ("a dict with 'a'", "list[0]"),
-    "data.validation": ("a dict with 'a'", "list[0]"),
-    "data.episodes": ("a dict with 'a'", "list[0]"),
+    "data.train": ("list[0]",),
+    "data.validation": ("list[0]",),
+    "data.episodes": ("list[0]",),
     "model.importance_weights.init_args.high": ("the ratio",),
     "model.importance_weights.init_args.low": ("the ratio",),
     "model.rewards.0.init_args.hit": ("the loss is inf",),
