@@ -11,6 +11,7 @@ from benchmarks.gpu import __main__ as main
 from benchmarks.gpu import checks, measure, plan, profiling, suite, table
 from benchmarks.gpu.sides import Clock, Failed, OutOfTime, Side
 from benchmarks.gpu.worker import Worker
+from tests.helpers.liger import Stand, stand_in
 
 SETTINGS = {"device": "cpu", "precision": "32-true", "small": True}
 NO_TRL = "TRL not installed"
@@ -265,6 +266,23 @@ def test_outcome_of_the_test_suite() -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "SIZES", checks.SIZES | {"hidden_size": 64, "num_hidden_layers": 1, "head_dim": 16})
+
+
+@pytest.mark.usefixtures("every_comparison")
+def test_check_of_kernels(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Inexact(Stand):
+        def liger_swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+            return super().liger_swiglu(gate, up) * 1.01
+
+    assert checks.run("liger-Llama", "cpu", tmp_path) == {"skipped": "needs CUDA"}
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    assert checks.kernels("Llama", "cpu") == {"skipped": "liger-kernel not installed"}
+    monkeypatch.setattr(checks, "find_spec", lambda name: True)
+    stand_in(monkeypatch, Stand())
+    assert checks.kernels("Llama", "cpu")["passed"]
+    stand_in(monkeypatch, Inexact())
+    monkeypatch.setattr("rlhf_lightning.models.packed_forward.tolerance", lambda model, gradients: 1.0)
+    assert not checks.kernels("Llama", "cpu")["passed"]
 
 
 def test_check_detects_wrong_attention(tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from rlhf_lightning import SFTDataModule, SFTModule
 from rlhf_lightning.data.batching import pad_tokens
 from rlhf_lightning.generation.local_engine import LocalEngine
 from rlhf_lightning.generation.token_sampling import SamplingParams
+from rlhf_lightning.models import liger
 from rlhf_lightning.models.lora import LoRA, is_quantized
 from rlhf_lightning.models.token_logprobs import TokenLogprobs
 
@@ -61,12 +62,14 @@ STEP = Workload(
 def run(name: str, device: str, root: Path) -> dict[str, Any]:
     """Run a check by its name in `plan.CHECKS`; models are written to the folder `root`."""
     kind, _, what = name.partition("-")
-    if device != "cuda" and (name == "sampler-graphs" or kind in ("step", "qlora")):
+    if device != "cuda" and (name == "sampler-graphs" or kind in ("step", "qlora", "liger")):
         return {"skipped": "needs CUDA" + (": the other device is the CPU" if kind == "step" else "")}
     if name == "forward-bf16":
         return bf16(device)
     if kind == "forward":
         return forward(what, device)
+    if kind == "liger":
+        return kernels(what, device)
     if kind == "sampler":
         return graphs(device) if what == "graphs" else sampler(device, what == "bf16")
     return step(what, device, root) if kind == "step" else qlora(device, root)
@@ -107,14 +110,31 @@ def forward(name: str, device: str) -> dict[str, Any]:
     token_logprobs = TokenLogprobs(model)
     found, wanted = token_logprobs(batch["input_ids"], batch["loss_mask"]).logprobs, dense(untouched, batch)
     packs = token_logprobs.packed_forward.packs
+    return {"packs": packs, **_compared(model, found, untouched, wanted, packs)}
+
+
+def kernels(name: str, device: str) -> dict[str, Any]:
+    """Packed rows with the kernels of liger-kernel against the same rows without, in float32; likewise."""
+    if find_spec("liger_kernel") is None:
+        return {"skipped": "liger-kernel not installed"}
+    model = build(name, device)
+    own, batch = copy.deepcopy(model), rows(device)
+    liger.use(model, True, torch.device(device))
+    found, wanted = (TokenLogprobs(one)(batch["input_ids"], batch["loss_mask"]).logprobs for one in (model, own))
+    attached = liger.kernels_of(model)
+    return _compared(model, found, own, wanted, attached is not None and attached.on)
+
+
+def _compared(model: Any, found: Tensor, other: Any, wanted: Tensor, runs: bool) -> dict[str, Any]:
+    """Differences of log-probabilities, and of their gradients; `runs` is False if nothing was compared."""
     found.sum().backward()
     wanted.sum().backward()
-    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), untouched.parameters(), strict=True)]
+    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), other.parameters(), strict=True)]
     scale = torch.stack([b.norm() for _, b in pairs]).norm()
     gradients = max(float((a - b).norm() / (b.norm() + 1e-3 * scale)) for a, b in pairs)
     values = float((found - wanted).detach().abs().max())
-    passed = packs and values < 1e-3 and gradients < 1e-3
-    return {"packs": packs, "logprobs": values, "gradients": gradients, "limit": 1e-3, "passed": passed}
+    passed = runs and values < 1e-3 and gradients < 1e-3
+    return {"logprobs": values, "gradients": gradients, "limit": 1e-3, "passed": passed}
 
 
 def bf16(device: str) -> dict[str, Any]:

@@ -28,6 +28,8 @@ CHECKS = (
     "forward-Mistral",
     "forward-Gemma2",
     "forward-bf16",
+    "liger-Qwen3",
+    "liger-Llama",
     "sampler-float32",
     "sampler-bf16",
     "sampler-graphs",

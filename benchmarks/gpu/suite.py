@@ -11,6 +11,7 @@ from benchmarks.gpu.sides import ROOT, Clock, environment
 
 FILES = [
     "tests/models/test_packed_forward.py",
+    "tests/models/test_liger.py",
     "tests/generation/test_sampler.py",
     "tests/objectives/test_worked_examples.py",
     "tests/objectives/test_policy.py",

@@ -5,13 +5,14 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_lightning.errors import ConfigError, first_line
-from rlhf_lightning.models import fused_layers, last_layer
+from rlhf_lightning.models import fused_layers, last_layer, liger
 from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.backbone import in_mode
 from rlhf_lightning.models.lora import base_of, is_quantized
@@ -245,6 +246,8 @@ class PackedForward:
     def check(self, length: int) -> None:
         """Compare packed with plain rows of up to `length` tokens, once; stop packing if they differ.
 
+        Likewise, kernels of liger-kernel are compared with the model's own modules, and are not used before.
+
         Values are compared at the next power of two, from `LONG` on at the next multiple of its half, so that this
         happens only a few times. If gradients are on, they are compared, too, at up to `gradient_tokens` tokens,
         because this takes memory as a training step does.
@@ -254,7 +257,7 @@ class PackedForward:
         """
         # Not within a forward pass of a sharded model: a backward pass would reshard weights that are still needed.
         gradients = torch.is_grad_enabled() and not runs_unsharded(self.model)
-        if not self.packs or length <= self._checked[gradients]:
+        if length <= self._checked[gradients] or not self._has_shortcuts:
             return
         size = max(16, 1 << (length - 1).bit_length())
         if size > LONG:  # twice the length would take four times the memory of a mask
@@ -264,12 +267,24 @@ class PackedForward:
         if length > self._checked[False]:
             self._compare(size, gradients=False)
         self._checked[False] = self._checked[gradients] = max(length, size)
-        if self.packs and gradients:
+        if gradients and self._has_shortcuts:
             self._compare(min(size, self.gradient_tokens), gradients=True)
+
+    @property
+    def _has_shortcuts(self) -> bool:
+        return self.packs or liger.kernels_of(self.model) is not None
 
     def _compare(self, length: int, gradients: bool) -> None:
         """Stop using a shortcut whose results fail or differ by more than rounding."""
         name, device = type(base_of(self.model)).__name__, next(iter(self.model.parameters())).device
+        # First, because the other comparisons run the kernels, too.
+        if kernels := liger.kernels_of(self.model):
+            compare = partial(self._kernel_difference, kernels)
+            if reason := self._failure(compare, length, gradients, liger.failures()):
+                liger.reject(self.model, reason)
+            kernels.on = reason is None
+        if not self.packs:
+            return
         if reason := self._failure(self._packing_difference, length, gradients):
             uninstall(self.config)
             log.info("%s cannot run packed rows (%s); using padded rows without shared prompts", name, reason)
@@ -283,13 +298,19 @@ class PackedForward:
             self._fuses = False
             log.info("the layers of %s run their own modules, which is slower (%s)", name, reason)
 
-    def _failure(self, compare: Callable[[int, bool], float], length: int, gradients: bool) -> str | None:
+    def _failure(
+        self,
+        compare: Callable[[int, bool], float],
+        length: int,
+        gradients: bool,
+        failures: tuple[type[Exception], ...] = FAILURES,
+    ) -> str | None:
         """The reason why results differ by more than rounding; None if they do not."""
         try:
             difference = compare(length, gradients)
         except torch.OutOfMemoryError:
             raise
-        except FAILURES as error:
+        except failures as error:
             return first_line(error)
         if difference <= tolerance(self.model, gradients):
             return None
@@ -307,6 +328,19 @@ class PackedForward:
                 (run_unsharded(self.model, self._packed, ids, wanted, trees) for trees in [shared]),
                 length,
             )
+
+    def _kernel_difference(self, kernels: liger.Kernels, length: int, gradients: bool) -> float:
+        """The same of plain rows computed with liger-kernel, from the model's own modules."""
+        ids, wanted, _ = self._check_rows(length)
+
+        def plain(on: bool) -> Iterator[Hidden]:
+            with liger.switched(kernels, on):
+                for row, end in enumerate(wanted.sum(1).tolist()):
+                    trees = [SharedPrefix((row,), end, (0,))]
+                    yield run_unsharded(self.model, self._padded, ids, wanted, trees)
+
+        with _exact_mode(self.model, ids.device, gradients):
+            return self._difference(plain(False), plain(True), length)
 
     def _last_layer_difference(self, length: int, gradients: bool) -> float:
         """The same of packed rows whose last layer computes wanted positions only, from all positions."""

@@ -26,6 +26,7 @@ from rlhf_lightning.data.tokenizers import load_tokenizer
 from rlhf_lightning.errors import ConfigError, check_whole
 from rlhf_lightning.files import FORMAT, check_format
 from rlhf_lightning.gguf.folder import model_folder, names_gguf
+from rlhf_lightning.models import liger
 from rlhf_lightning.models.base_weights import check_trainable
 from rlhf_lightning.models.compiled_layers import CompileTimer, compile_layers
 from rlhf_lightning.models.distillation import Distillation, Teacher
@@ -86,6 +87,8 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
         memory_limit: Memory that a step may take on one device, as a number of bytes or text such as `8GB` or `8GiB`.
             Only as many layers are checkpointed as the estimate of docs/memory.md requires. Results do not change.
         compile: Compile the layers of the model with `torch.compile`.
+        use_liger_kernel: Compute norms, SwiGLU and rotary embeddings with liger-kernel (on CUDA; docs/performance.md).
+            By default where it is installed; True requires it, False never uses it.
         max_empty_steps: Number of consecutive optimizer steps without a trained token (all masked, or with advantage or
             weight 0) after which the run stops; None for no limit. Such a step changes no weight.
 
@@ -121,6 +124,7 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
         activation_offload: bool = False,
         memory_limit: int | str | None = None,
         compile: bool = False,
+        use_liger_kernel: bool | None = None,
         max_empty_steps: int | None = 50,
     ) -> None:
         super().__init__()
@@ -139,6 +143,7 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
         self.lora, self.dtype_name, self.model_options = lora, dtype, model_options or {}
         self.max_tokens_per_batch, self.gradient_checkpointing = max_tokens_per_batch, gradient_checkpointing
         self.activation_offload, self.compiles_layers = activation_offload, compile
+        self.use_liger_kernel = use_liger_kernel
         self._compile_timer: CompileTimer | None = None
         self.memory_limit = check_memory_limit(memory_limit, gradient_checkpointing, activation_offload)
         if max_empty_steps is not None:
@@ -222,6 +227,8 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
     def setup(self, stage: str) -> None:
         """Check the Trainer's settings; its precision plugin then casts weights only, see `weights_alone`."""
         self.check_trainer(stage)
+        if self.use_liger_kernel:  # the model may have been loaded before there was a Trainer
+            liger.require(self.trainer.strategy.root_device)
         # The warning appears with every data module; using the module's hook is intended.
         warnings.filterwarnings("ignore", message="You have overridden `on_before_batch_transfer`")
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")  # no validation
@@ -246,8 +253,11 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
         # a later change of that number changes them.
         self._below = start.base_kept, self.model.get_input_embeddings().weight.shape[0]
         check_vocabulary(self.model, self.tokenizer)
+        self._use_liger_kernel(self.model)  # before a reference is copied from it, so that both round alike
         self.build()
         for part in self.forward_passes():
+            if part.model is not self.model:
+                self._use_liger_kernel(part.model)
             if self.gradient_checkpointing:
                 checkpoint_layers(part.model)
             if self.activation_offload:
@@ -265,6 +275,22 @@ class RLHFModule(MemoryAwareModule, Generic[BatchT]):
                 if isinstance(metric, Metric):  # so that each row is counted once
                     metric.process_group = self._device_mesh["data_parallel"].get_group()
         self.train(self.training)
+
+    def _use_liger_kernel(self, model: nn.Module) -> None:
+        conflict = None
+        if self.compiles_layers:
+            conflict = "model.compile fuses the same operations"
+        elif self._device_mesh is not None and self._device_mesh["tensor_parallel"].size() > 1:
+            conflict = "it is untested with tensor parallelism"
+        elif self._trainer is not None and str(self._trainer.precision) == "64-true":
+            conflict = "its kernels do not compute in float64"
+        if self._trainer is not None:
+            device = self._trainer.strategy.root_device
+        elif torch.cuda.is_available():
+            device = torch.device("cuda")  # where the model may be moved later; on a CPU its own modules run
+        else:
+            return
+        liger.use(model, self.use_liger_kernel, device, conflict)
 
     def modules_to_shard(self) -> list[nn.Module]:
         """Modules that `ModelParallelStrategy` shards in addition to `heads`: trained ones, and large frozen ones."""

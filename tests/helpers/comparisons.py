@@ -1,5 +1,6 @@
 """Packed rows are compared with plain ones once per kind of model: it takes a third of the time of a small run."""
 
+from rlhf_lightning.models import liger
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import PackedForward
 from rlhf_lightning.models.sharding import is_sharded
@@ -10,7 +11,8 @@ _passed: set[tuple[object, ...]] = set()
 
 def first_comparison(forward: PackedForward, length: int, gradients: bool) -> None:
     """`PackedForward._compare`, unless it has passed for a model that differs in nothing but the weights' values."""
-    if is_sharded(forward.model):  # which all ranks compare together
+    # All ranks compare a sharded model together; kernels are off until they have been compared.
+    if is_sharded(forward.model) or liger.kernels_of(forward.model):
         every_comparison(forward, length, gradients)
         return
     model, last = base_of(forward.model), forward._last

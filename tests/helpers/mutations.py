@@ -189,7 +189,7 @@ _GROUPS: dict[tuple[str, ...], str] = {
         trainer.enable_checkpointing trainer.enable_progress_bar trainer.enable_model_summary trainer.benchmark
         trainer.deterministic trainer.default_root_dir trainer.model_registry ckpt_path weights_only log_file monitor
         checkpoint_minutes data.seed model.truncated_reward refresh_every target device engine stop gather quantize
-        recipe resample_groups
+        recipe resample_groups use_liger_kernel
         total_steps foreach fused normalize clip learning_rate retries dual_clip step_timeout data.template_kwargs
         data.system data.train rewards.0.name model.critic.init_args.model decay distillation
         nll_coefficient curriculum data.cache data.filter""",
