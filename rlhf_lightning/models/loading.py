@@ -179,6 +179,16 @@ class Start:
                 "files are incomplete, or config.json belongs to another model"
             )
         self._check_head(source, model.config.architectures or [], info["unexpected_keys"], info["missing_keys"], whole)
+        # A classifier leaves out the language-model head; files of earlier transformers have a buffer of frequencies.
+        unused = [name for name in sorted(info["unexpected_keys"]) if not name.endswith(".inv_freq")]
+        if self.task == "SEQ_CLS":
+            unused = [name for name in unused if any(part.isdigit() for part in name.split("."))]
+        if unused:
+            log.warning(
+                "the files of the model %r have %d weights that %s does not use (for example %s); they are left out. "
+                "If they belong to the model, correct its config.json",
+                source, len(unused), type(model).__name__, unused[0],
+            )  # fmt: skip
         return model
 
     def _check_head(

@@ -1,5 +1,7 @@
 """Scoring, LoRA, sampling and model folders give the results of stock transformers and peft."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -252,3 +254,18 @@ def test_reward_model_folder_loads_in_stock_transformers(tokenizer: Any, tmp_pat
     loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "rm")
     ids = torch.tensor([[5, 6, 7]])
     torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("task", ["CAUSAL_LM", "SEQ_CLS"])
+def test_weights_that_the_model_does_not_use_give_a_warning(
+    task: str, tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_model(tokenizer, architecture="llama", num_hidden_layers=3, tie_word_embeddings=False).save_pretrained(
+        tmp_path
+    )
+    Start(str(tmp_path), task).load()
+    assert "does not use" not in caplog.text
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    Start(str(tmp_path), task).load()
+    assert re.search(r"have 9 weights that Llama\w+ does not use \(for example model\.layers\.2\.", caplog.text)
