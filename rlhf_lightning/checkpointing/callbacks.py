@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,6 +116,8 @@ class RunCheckpoints(Checkpoint):
                 "this resume will not be bit-exact, because the environment has changed: %s", ", ".join(changed)
             )
         self._logged, self._rows = checkpoint.get("logged"), checkpoint.get("metrics_rows")
+        if trainer.state.fn == "fit":
+            trainer.fit_loop.run = partial(_run, trainer.fit_loop)  # type: ignore[method-assign]
         # Lightning does not restore this, so a run that had stopped early would continue.
         trainer.should_stop = trainer.state.fn == "fit" and bool(checkpoint.get("stopped"))
 
@@ -311,6 +314,21 @@ class RunCheckpoints(Checkpoint):
             else:
                 log.warning("stopped before the first optimizer step; the same command starts over")
             raise KeyboardInterrupt
+
+
+def _run(loop: "_FitLoop") -> None:
+    """Run a resumed fit; if no step is left, only begin and end it.
+
+    Lightning would return at once. A run that was killed after its last checkpoint would then lack what callbacks do at
+    its end: averaged weights would not be put in place, and held-out prompts not be answered.
+    """
+    del loop.run  # back to that of the class
+    loop.setup_data()
+    if not loop.done:
+        loop.run()
+        return
+    loop.on_run_start()
+    loop.on_run_end()
 
 
 def _epoch_ends(trainer: pl.Trainer) -> bool:

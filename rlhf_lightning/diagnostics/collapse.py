@@ -80,7 +80,8 @@ class StopOnCollapse(RoundCallback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self.stopped = None
+        if not trainer.should_stop:  # a resumed run that was stopped has nothing left to do
+            self.stopped = None
 
     def round_ended(self, trainer: pl.Trainer, pl_module: "PolicyRLModule") -> None:
         if not_finite := self._finite(self.curves):

@@ -38,6 +38,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.tuner import Tuner
 
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
+from rlhf_lightning.checkpointing.callbacks import RunCheckpoints
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.sampler import Engine, Sampler
 from rlhf_lightning.models.lora import LoRA
@@ -180,6 +181,25 @@ def test_weight_averaging_averages_the_weights(kind: str, ema: bool, lora: bool,
         again, data(kind), ckpt_path=tmp_path / "step=2.ckpt", weights_only=True
     )
     same(weights(again), weights(module))
+
+
+def test_run_killed_after_its_last_checkpoint_ends_with_averaged_weights(kind: str, base: str, tmp_path: Path) -> None:
+    """Its resume has no step left, and Lightning would call no hook of its end."""
+    hooks: list[str] = []
+    names = ("on_train_start", "on_train_end")
+    seen = LambdaCallback(**{name: lambda *args, name=name: hooks.append(name) for name in names})
+
+    def trained(path: Path | None = None) -> dict[str, torch.Tensor]:
+        module = make(kind, base, optimizer=sgd(1.0))
+        callbacks = [EMAWeightAveraging(decay=0.5), seen, RunCheckpoints(tmp_path, every=1)]
+        run = trainer(tmp_path, max_steps=3, callbacks=callbacks, enable_checkpointing=True)
+        run.fit(module, data(kind), ckpt_path=path)
+        assert run.global_step == 3
+        return weights(module)
+
+    wanted = trained()
+    same(trained(tmp_path / "step=3.ckpt"), wanted)
+    assert hooks == [*names, *names]
 
 
 class OwnWeights(Engine):
