@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -357,6 +358,15 @@ def test_computation_settings_do_not_change_the_trained_weights(
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture
+def compiling() -> Iterator[None]:
+    """Compilation as in a new process: an earlier test may have left a sampling generator open, which turns it off."""
+    torch.compiler.reset()
+    with torch.compiler.set_stance("default"):
+        yield
+
+
+@pytest.mark.usefixtures("compiling")
 @pytest.mark.parametrize(
     ("kind", "backend"),
     [
@@ -371,13 +381,13 @@ def test_compiled_layers_give_the_same_weights(
 ) -> None:
     # Generating and building C++ takes most of a minute; the fast cases skip it.
     monkeypatch.setattr("rlhf_lightning.modules.base.compile_layers", partial(compile_layers, backend=backend))
-    torch.compiler.reset()
     wanted, found = trained(kind, base, tmp_path), trained(kind, base, tmp_path, compile=True)
     assert wanted.keys() == found.keys(), "compiling must not rename weights"
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.usefixtures("compiling")
 def test_rows_of_new_lengths_compile_nothing_after_two_steps(
     base: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -396,7 +406,6 @@ def test_rows_of_new_lengths_compile_nothing_after_two_steps(
 
     counter, graphs = CompileCounter(), Graphs()
     monkeypatch.setattr("rlhf_lightning.modules.base.compile_layers", partial(compile_layers, backend=counter))
-    torch.compiler.reset()
     module = SFTModule(base, compile=True)
     caplog.set_level(logging.INFO, "rlhf_lightning")
     trainer(tmp_path, max_steps=6, callbacks=[graphs]).fit(module, SFTDataModule(chats(12), batch_size=2))
@@ -408,13 +417,13 @@ def test_rows_of_new_lengths_compile_nothing_after_two_steps(
     assert len(logged) <= 2
 
 
+@pytest.mark.usefixtures("compiling")
 def test_layers_run_uncompiled_without_a_compiler(
     base: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import torch._inductor.config as inductor
 
     wanted = trained("sft", base, tmp_path)
-    torch.compiler.reset()
     monkeypatch.delenv("CXX", raising=False)
     with inductor.patch({"cpp.cxx": (None, "no-such-compiler"), "force_disable_caches": True}):
         found = trained("sft", base, tmp_path, compile=True)
