@@ -5,7 +5,6 @@ place. Rows that are admitted together share the computation of equal prompts.
 """
 
 import logging
-import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -26,6 +25,7 @@ from rlhf_lightning.generation.kv_cache import PrefillCache, SharedPrompts, Slot
 from rlhf_lightning.generation.token_sampling import SamplingParams, check_prompts, record_token, sample_token, uniforms
 from rlhf_lightning.models.attention import Decoding
 from rlhf_lightning.models.backbone import Backbone, in_mode
+from rlhf_lightning.models.compiled_layers import uncompiled
 from rlhf_lightning.models.decoding_layers import decoding_layers
 from rlhf_lightning.models.lora import base_of
 from rlhf_lightning.models.packed_forward import FAILURES, PackedForward, tolerance
@@ -219,10 +219,7 @@ class LocalEngine:
         """Context manager with eval mode, no gradients, and no compiled code."""
         # For a sharded model not inference mode: weights gathered in it could not be trained afterwards.
         gradients = torch.no_grad() if is_sharded(self.model) else torch.inference_mode()
-        # The stance is that of all threads. A thread beside the training one samples from a copy without compiled code.
-        compiled = threading.current_thread() is threading.main_thread()
-        stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-        with in_mode(self.model, training=False), gradients, stance:
+        with in_mode(self.model, training=False), gradients, uncompiled():
             yield
 
     @contextmanager

@@ -1,8 +1,10 @@
 """Decoder layers compiled by `torch.compile`, where the machine has a compiler."""
 
 import logging
+import threading
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -95,3 +97,13 @@ def _obstacle(device: torch.device, backend: Backend) -> str | None:
 
 def _sine(x: torch.Tensor) -> torch.Tensor:
     return x.sin() + 1
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Context manager in which compiled layers run as they were before.
+
+    PyTorch has one such switch for all threads, and two threads that set and restore it at the same time could leave it
+    on. So only the main thread uses it: other threads sample from a copy without compiled layers.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    return torch.compiler.set_stance("force_eager") if main else nullcontext()

@@ -15,6 +15,7 @@ from rlhf_lightning.errors import ConfigError, first_line
 from rlhf_lightning.models import fused_layers, last_layer, liger
 from rlhf_lightning.models.attention import install, installed, uninstall
 from rlhf_lightning.models.backbone import in_mode
+from rlhf_lightning.models.compiled_layers import uncompiled
 from rlhf_lightning.models.lora import base_of, is_quantized
 from rlhf_lightning.models.packing import PackedLayout, SharedPrefix, find_shared_prefixes, group_by_token_budget
 from rlhf_lightning.models.precision import NARROW
@@ -464,6 +465,6 @@ def _exact_mode(model: nn.Module, device: torch.device, gradients: bool) -> Iter
         torch.inference_mode(False),
         torch.set_grad_enabled(gradients),
         torch.autocast(device.type, enabled=False),
-        torch.compiler.set_stance("force_eager"),
+        uncompiled(),
     ):
         yield

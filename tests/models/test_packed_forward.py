@@ -2,6 +2,7 @@
 
 import logging
 import multiprocessing
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from rlhf_lightning import PolicyRLModule, PreferenceModule, SFTModule
 from rlhf_lightning.errors import ConfigError
 from rlhf_lightning.generation.sampler import Sampler
-from rlhf_lightning.models.compiled_layers import compile_layers
+from rlhf_lightning.models.compiled_layers import compile_layers, uncompiled
 from rlhf_lightning.models.last_layer import KeptLayout
 from rlhf_lightning.models.logits import TokenLogprobsFunction
 from rlhf_lightning.models.lora import LoRA
@@ -415,6 +416,32 @@ def test_rows_of_new_lengths_compile_nothing_after_two_steps(
     logged = [message.partition(" s of ")[2] for message in caplog.messages if "went into compiling" in message]
     assert logged[0] == "step 1 went into compiling"
     assert len(logged) <= 2
+
+
+@pytest.mark.usefixtures("compiling")
+def test_another_thread_does_not_turn_compilation_off() -> None:
+    """The switch is that of all threads; a sampling thread and the main one would overwrite each other's."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    function, x = torch.compile(lambda x: x + 1, backend=counter), torch.zeros(2)
+    entered, done = threading.Event(), threading.Event()
+
+    def sample() -> None:
+        with uncompiled():
+            entered.set()
+            done.wait(60)
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    assert entered.wait(60)
+    function(x)
+    done.set()
+    thread.join()
+    assert counter.frame_count == 1
+    with uncompiled():
+        function(torch.zeros(2, 2))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.usefixtures("compiling")
