@@ -265,7 +265,7 @@ def fingerprint(source: Source | None, split: str | None = None, name: str = "")
     if source is None:
         return None
     if (mixture := Mixture.of(source)) is not None:
-        parts = [[one.name, one.weight, fingerprint(one.source, split)] for one in mixture.sources]
+        parts = [[one.name, one.weight, fingerprint(one.source, split, name)] for one in mixture.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
     if isinstance(source, Mapping):
         source = of_mapping(source, split, name or type(source).__name__)
